@@ -1,1 +1,11 @@
-//! Skeleton.
+//! THE WIRE: what crosses a process boundary, and its conversion to `mesh-core`.
+//!
+//! Here: protobuf messages (xDS, certificates, enrolment), the JSON of the admin endpoint. Not here: decisions.
+
+pub mod admin;
+pub mod proto;
+
+/// Type URL of workloads and services.
+pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";
+/// Type URL of L4 policies.
+pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
