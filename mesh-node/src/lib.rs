@@ -2,3 +2,5 @@
 //!
 //! Here: capture, tunnel, L4 authorization of connections, certificates, enrolment. Never here: what is decided
 //! (`mesh_core`), HTTP routing.
+
+pub mod capture;

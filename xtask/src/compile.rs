@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::ebpf;
 use crate::process;
 use crate::tree::Tree;
 
@@ -28,6 +29,7 @@ impl Profile {
 
 /// The kernel programs and every crate.
 pub(crate) fn all(tree: &Tree, profile: Profile) -> Result<()> {
+    ebpf::build(tree)?;
     crates(tree, profile)
 }
 

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 mod cargo_test;
 mod compile;
+mod ebpf;
 mod metadata;
 mod process;
 mod sandbox;
@@ -44,6 +45,8 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
+    /// Build the kernel programs only.
+    Ebpf,
     /// Set up, build and start the sandbox; arguments go to `mesh-ctl sandbox` (none: `up`).
     Sandbox {
         /// What `mesh-ctl sandbox` is to do.
@@ -76,6 +79,7 @@ fn run(task: Task) -> Result<ExitCode> {
             setup::install()?;
             compile::all(&tree, compile::Profile::of(release))?;
         }
+        Task::Ebpf => println!("{}", ebpf::build(&tree)?.display()),
         Task::Sandbox { arguments } => return sandbox::run(&tree, &arguments),
         Task::Test(options) => return test::run(&tree, &options),
         Task::Tidy => return tidy::run(&tree),

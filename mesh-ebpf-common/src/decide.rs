@@ -1,0 +1,243 @@
+//! The capture decision on plain values.
+//!
+//! The programs gather facts (what the kernel's socket look-up found, which cgroup a socket is of) and ask here.
+//! Where a fact is expensive, the answer may be a question: [`Ingress::AskPreexisting`], [`Ingress::AskListener`].
+
+use crate::abi::{Addr, Workload};
+use crate::outcome::Reason;
+use crate::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+
+/// TCP flag: no more data from the sender.
+pub const FIN: u8 = 0x01;
+/// TCP flag: first segment of a direction.
+pub const SYN: u8 = 0x02;
+/// TCP flag: abort.
+pub const RST: u8 = 0x04;
+/// TCP flag: the acknowledgement number is valid.
+pub const ACK: u8 = 0x10;
+
+/// What becomes of an enrolled workload's `connect` over TCP. The port is in host byte order.
+#[inline(always)]
+pub const fn connect(workload: &Workload, dst: &Addr, port: u16) -> Reason {
+    let own = dst.is_loopback();
+    if (own || workload.owns(dst)) && (port == OUTBOUND_PORT || port == INBOUND_PORT || port == HBONE_PORT) {
+        return Reason::OwnProxyPort;
+    }
+    if own {
+        return Reason::Loopback;
+    }
+    if port == HBONE_PORT {
+        return Reason::HbonePort;
+    }
+    Reason::Captured
+}
+
+/// Whose a socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Its cgroup is a proxy's.
+    Proxy,
+    /// Any other.
+    Other,
+}
+
+/// What the kernel's own look-up finds for a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No socket.
+    Nothing,
+    /// A connection that has ended.
+    TimeWait,
+    /// A listening socket.
+    Listener(Owner),
+    /// A connection, established or being established.
+    Live(Owner),
+}
+
+impl Found {
+    /// From `bpf_sock.state` and the owner.
+    #[inline(always)]
+    pub const fn socket(state: u32, owner: Owner) -> Self {
+        const TCP_TIME_WAIT: u32 = 6;
+        const TCP_LISTEN: u32 = 10;
+        match state {
+            TCP_TIME_WAIT => Self::TimeWait,
+            TCP_LISTEN => Self::Listener(owner),
+            // All other states are of one connection: established, opening or closing.
+            _ => Self::Live(owner),
+        }
+    }
+}
+
+/// The next step for a segment that arrives at a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ingress {
+    /// Decided.
+    Settled(Reason),
+    /// Passes if the connection is from before enrolment, else it is [`Reason::ForeignSocket`].
+    AskPreexisting,
+    /// Goes to the proxy's plaintext listener by `bpf_sk_assign`; [`Reason::NoListener`] if there is none.
+    AskListener,
+    /// Goes to the proxy's plaintext listener by a note for `sk_lookup`: beside a TIME_WAIT the kernel refuses the
+    /// request socket of an assigned listener, but its own path from TIME_WAIT asks `sk_lookup`.
+    NoteListener,
+}
+
+/// Judges a segment that arrives at a workload. The destination port is in host byte order.
+#[inline(always)]
+pub const fn ingress(found: Found, flags: u8, dst_port: u16, payload: bool) -> Ingress {
+    let opens = flags & (SYN | ACK | RST) == SYN;
+    match found {
+        Found::Live(Owner::Proxy) => return Ingress::Settled(Reason::ProxySocket),
+        Found::Live(Owner::Other) => return Ingress::AskPreexisting,
+        Found::TimeWait if !opens => return Ingress::Settled(Reason::TimeWait),
+        Found::TimeWait | Found::Listener(_) | Found::Nothing => {}
+    }
+    if dst_port == OUTBOUND_PORT || dst_port == INBOUND_PORT {
+        return Ingress::Settled(Reason::ReservedPort);
+    }
+    match found {
+        Found::TimeWait if payload => Ingress::Settled(Reason::SynPayload),
+        Found::TimeWait if dst_port == HBONE_PORT => Ingress::Settled(Reason::TimeWait),
+        Found::TimeWait => Ingress::NoteListener,
+        Found::Listener(Owner::Proxy) if dst_port == HBONE_PORT => Ingress::Settled(Reason::HboneListener),
+        Found::Listener(_) | Found::Nothing if dst_port == HBONE_PORT => Ingress::Settled(Reason::NoListener),
+        Found::Listener(_) | Found::Nothing => Ingress::AskListener,
+        Found::Live(_) => Ingress::Settled(Reason::Unknown),
+    }
+}
+
+/// Where a segment that leaves a workload comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// No full socket: the kernel's own reply, or a forwarded packet.
+    None,
+    /// The kernel's control socket for IPv4 replies: raw, in the root cgroup.
+    KernelControl,
+    /// A socket of a proxy's cgroup.
+    Proxy,
+    /// A packet socket.
+    Packet,
+    /// A raw socket.
+    Raw,
+    /// Any other TCP socket.
+    Tcp,
+}
+
+impl Sender {
+    /// From a full socket's family, type and cgroup.
+    #[inline(always)]
+    pub const fn socket(family: u32, kind: u32, cgroup: u64) -> Self {
+        const AF_PACKET: u32 = 17;
+        const SOCK_RAW: u32 = 3;
+        /// kernfs numbers the root first.
+        const ROOT_CGROUP: u64 = 1;
+        if family == AF_PACKET {
+            return Self::Packet;
+        }
+        if kind == SOCK_RAW {
+            return if cgroup == ROOT_CGROUP { Self::KernelControl } else { Self::Raw };
+        }
+        Self::Tcp
+    }
+}
+
+/// Judges a TCP segment that leaves a workload; `None` asks whether the connection is from before enrolment, and if it
+/// is not, the answer is [`Reason::OutsideCgroup`].
+#[inline(always)]
+pub const fn egress(sender: Sender, flags: u8, payload: bool) -> Option<Reason> {
+    // RST, the ACK of a TIME_WAIT and the SYN-ACK of a SYN cookie: nothing of the application's is in them.
+    let reply = !payload && flags & (RST | ACK) != 0;
+    match sender {
+        Sender::Proxy => Some(Reason::ProxySocket),
+        Sender::None | Sender::KernelControl if reply => Some(Reason::KernelReply),
+        Sender::None => Some(Reason::NoSocket),
+        Sender::Packet => Some(Reason::PacketSocket),
+        Sender::Raw | Sender::KernelControl => Some(Reason::RawSocket),
+        Sender::Tcp => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::IpAddr;
+
+    fn addr(text: &str) -> Addr {
+        Addr::from(text.parse::<IpAddr>().unwrap())
+    }
+
+    #[test]
+    fn connect_captures_all_but_the_workload_itself() {
+        let own = Workload { v4: addr("10.0.0.2").words[3], v6: addr("fd00::2"), ..Workload::default() };
+        for (dst, port, expected) in [
+            ("10.0.0.3", 80, Reason::Captured),
+            ("fd00::3", 80, Reason::Captured),
+            ("::ffff:10.0.0.3", 80, Reason::Captured),
+            ("10.0.0.2", 80, Reason::Captured),
+            ("127.0.0.1", 80, Reason::Loopback),
+            ("::1", 80, Reason::Loopback),
+            ("127.0.0.1", 15001, Reason::OwnProxyPort),
+            ("127.3.2.1", 15006, Reason::OwnProxyPort),
+            ("::1", 15008, Reason::OwnProxyPort),
+            ("::ffff:127.0.0.1", 15001, Reason::OwnProxyPort),
+            ("0.0.0.0", 15001, Reason::OwnProxyPort),
+            ("10.0.0.2", 15006, Reason::OwnProxyPort),
+            ("fd00::2", 15001, Reason::OwnProxyPort),
+            ("10.0.0.3", 15008, Reason::HbonePort),
+            ("fd00::3", 15008, Reason::HbonePort),
+            ("10.0.0.3", 15001, Reason::Captured),
+        ] {
+            assert_eq!(connect(&own, &addr(dst), port), expected, "{dst} {port}");
+        }
+    }
+
+    #[test]
+    fn a_workload_without_addresses_owns_none() {
+        let none = Workload::default();
+        for dst in ["0.0.0.0", "::", "10.0.0.1"] {
+            assert!(!none.owns(&addr(dst)), "{dst}");
+        }
+    }
+
+    #[test]
+    fn no_segment_reaches_the_application_around_the_proxy() {
+        use Ingress::{AskListener, AskPreexisting, NoteListener, Settled};
+        for (name, found, flags, port, payload, expected) in [
+            ("data of the proxy's", Found::Live(Owner::Proxy), ACK, 80, true, Settled(Reason::ProxySocket)),
+            ("data of another's", Found::Live(Owner::Other), ACK, 80, true, AskPreexisting),
+            ("SYN, application listens", Found::Listener(Owner::Other), SYN, 80, false, AskListener),
+            ("SYN, nobody listens", Found::Nothing, SYN, 80, false, AskListener),
+            ("ACK of a SYN cookie", Found::Listener(Owner::Other), ACK, 80, true, AskListener),
+            ("SYN, TIME_WAIT", Found::TimeWait, SYN, 80, false, NoteListener),
+            ("SYN with data, TIME_WAIT", Found::TimeWait, SYN, 80, true, Settled(Reason::SynPayload)),
+            ("FIN again, TIME_WAIT", Found::TimeWait, FIN | ACK, 80, false, Settled(Reason::TimeWait)),
+            ("tunnel", Found::Listener(Owner::Proxy), SYN, 15008, false, Settled(Reason::HboneListener)),
+            ("tunnel, application's", Found::Listener(Owner::Other), SYN, 15008, false, Settled(Reason::NoListener)),
+            ("tunnel, nobody", Found::Nothing, SYN, 15008, false, Settled(Reason::NoListener)),
+            ("tunnel, TIME_WAIT", Found::TimeWait, SYN, 15008, false, Settled(Reason::TimeWait)),
+            ("proxy port", Found::Listener(Owner::Proxy), SYN, 15006, false, Settled(Reason::ReservedPort)),
+            ("outbound port", Found::Nothing, SYN, 15001, false, Settled(Reason::ReservedPort)),
+        ] {
+            assert_eq!(ingress(found, flags, port, payload), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn only_the_proxy_and_the_kernel_speak_tcp() {
+        for (name, sender, flags, payload, expected) in [
+            ("proxy", Sender::Proxy, SYN, false, Some(Reason::ProxySocket)),
+            ("reset", Sender::None, RST, false, Some(Reason::KernelReply)),
+            ("reset, control socket", Sender::KernelControl, RST | ACK, false, Some(Reason::KernelReply)),
+            ("cookie", Sender::None, SYN | ACK, false, Some(Reason::KernelReply)),
+            ("forwarded SYN", Sender::None, SYN, false, Some(Reason::NoSocket)),
+            ("forwarded data", Sender::None, ACK, true, Some(Reason::NoSocket)),
+            ("raw in the root cgroup", Sender::KernelControl, ACK, true, Some(Reason::RawSocket)),
+            ("raw", Sender::Raw, RST, false, Some(Reason::RawSocket)),
+            ("packet", Sender::Packet, RST, false, Some(Reason::PacketSocket)),
+            ("other", Sender::Tcp, SYN, false, None),
+        ] {
+            assert_eq!(egress(sender, flags, payload), expected, "{name}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Names and sizes of the maps, and the bounds that the programs keep.
+
+/// Enrolled workloads: network namespace cookie -> [`crate::abi::Workload`].
+pub const WORKLOADS: &str = "WORKLOADS";
+/// Cgroups of proxies: cgroup id -> 1. More than one while a new proxy takes over from an old one.
+pub const PROXY_CGROUPS: &str = "PROXY_CGROUPS";
+/// Socket storage of captured connections: [`crate::abi::Captured`].
+pub const CAPTURED_SOCKETS: &str = "CAPTURED_SOCKETS";
+/// Notes for the proxy: [`crate::abi::PeerKey`] -> [`crate::abi::OriginalDst`].
+pub const CAPTURED: &str = "CAPTURED";
+/// Socket storage of the proxy's plaintext listeners: [`crate::abi::ListenerTag`].
+pub const LISTENER_TAGS: &str = "LISTENER_TAGS";
+/// The proxy's plaintext listeners: [`crate::abi::ListenerKey`] -> socket.
+pub const LISTENERS: &str = "LISTENERS";
+/// Connections from before enrolment: [`crate::abi::FlowKey`] -> socket cookie.
+pub const PREEXISTING: &str = "PREEXISTING";
+/// Segments on their way from tc ingress to `sk_lookup`: [`crate::abi::FlowKey`] -> [`crate::abi::SynNote`].
+pub const SYN_NOTES: &str = "SYN_NOTES";
+/// Outcomes per CPU, by [`crate::outcome::counter_index`].
+pub const COUNTERS: &str = "COUNTERS";
+/// Drops and refusals: [`crate::abi::Event`].
+pub const EVENTS: &str = "EVENTS";
+/// Per CPU, one [`crate::abi::EventBudget`].
+pub const EVENT_BUDGET: &str = "EVENT_BUDGET";
+/// One `u32`: [`crate::LAYOUT_VERSION`] of who created the maps.
+pub const LAYOUT: &str = "LAYOUT";
+
+/// All maps that are pinned, in the order of this file.
+pub const ALL: [&str; 12] = [
+    WORKLOADS,
+    PROXY_CGROUPS,
+    CAPTURED_SOCKETS,
+    CAPTURED,
+    LISTENER_TAGS,
+    LISTENERS,
+    PREEXISTING,
+    SYN_NOTES,
+    COUNTERS,
+    EVENTS,
+    EVENT_BUDGET,
+    LAYOUT,
+];
+
+/// Workloads of one node; Kubernetes recommends at most 110 pods, large nodes run 500.
+pub const MAX_WORKLOADS: usize = 4096;
+/// Proxies whose sockets may still live.
+pub const MAX_PROXY_CGROUPS: usize = 64;
+/// Connections between `connect` and the proxy's look-up of their destination.
+pub const MAX_CAPTURED: usize = 65536;
+/// Two listeners (IPv4, IPv6) per workload.
+pub const MAX_LISTENERS: usize = 2 * MAX_WORKLOADS;
+/// Connections from before enrolment, all workloads together.
+pub const MAX_PREEXISTING: usize = 65536;
+/// Notes live for microseconds; the oldest gives way.
+pub const MAX_SYN_NOTES: usize = 4096;
+/// Bytes of the event ring.
+pub const EVENT_RING_BYTES: usize = 1 << 18;
+
+/// A segment goes from tc ingress to `sk_lookup` within one softirq; a note older than this belongs to none, nanoseconds.
+pub const SYN_NOTE_VALID_NS: u64 = 1_000_000_000;
+/// Length of the window in which events are limited, nanoseconds.
+pub const EVENT_WINDOW_NS: u64 = 1_000_000_000;
+/// Events per window and CPU; the rest is counted only.
+pub const EVENTS_PER_WINDOW: u64 = 100;
+/// IPv6 extension headers that are followed before a segment is dropped.
+pub const MAX_EXTENSION_HEADERS: usize = 6;

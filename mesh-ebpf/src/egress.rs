@@ -1,0 +1,123 @@
+//! tc egress on a workload's interface: TCP leaves only from the proxy's sockets, from connections of before
+//! enrolment, and as replies of the kernel without data.
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id};
+use aya_ebpf::programs::TcContext;
+use mesh_ebpf_common::abi::FlowKey;
+use mesh_ebpf_common::decide::{self, Owner, Sender};
+use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
+
+use crate::ingress::{DROP, NEXT, proxy_cgroup};
+use crate::maps::PREEXISTING;
+use crate::report::{Subject, count, refuse};
+use crate::segment::{ETH_P_IP, ETH_P_IPV6, Parsed, Segment, Start, load, parse};
+
+const ETH_P_8021Q: u16 = 0x8100;
+const ETH_P_8021AD: u16 = 0x88a8;
+const ETHERTYPE_OFFSET: u32 = 12;
+const ETHERNET_BYTES: u32 = 14;
+const VLAN_TAG_BYTES: u32 = 4;
+
+/// The frame itself says what it is: a packet socket can claim any protocol for a frame that it built.
+#[inline(always)]
+pub(crate) fn on_frame(ctx: &TcContext) -> i32 {
+    let Some(ethertype) = load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET).map(u16::from_be) else {
+        return drop_unread(Reason::Malformed);
+    };
+    if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
+        return judge(ctx, ETHERNET_BYTES, ethertype);
+    }
+    match load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET + VLAN_TAG_BYTES).map(u16::from_be) {
+        // Two tags and more are nobody's network here.
+        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(Reason::Malformed),
+        Some(inner) => judge(ctx, ETHERNET_BYTES + VLAN_TAG_BYTES, inner),
+    }
+}
+
+/// For devices without a link layer header the version field says what it is.
+#[inline(always)]
+pub(crate) fn on_packet(ctx: &TcContext) -> i32 {
+    match load::<u8>(ctx, Start::Link, 0).map(|byte| byte >> 4) {
+        Some(4) => judge(ctx, 0, ETH_P_IP),
+        Some(6) => judge(ctx, 0, ETH_P_IPV6),
+        // Not IP, and such a device carries nothing else to a TCP stack.
+        None | Some(_) => drop_unread(Reason::Malformed),
+    }
+}
+
+#[inline(always)]
+fn drop_unread(reason: Reason) -> i32 {
+    count(Hook::Egress, reason);
+    DROP
+}
+
+#[inline(always)]
+fn judge(ctx: &TcContext, offset: u32, protocol: u16) -> i32 {
+    let segment = match parse(ctx, Start::Link, offset, protocol) {
+        Parsed::Tcp(segment) => segment,
+        Parsed::Other => {
+            count(Hook::Egress, Reason::NotTcp);
+            return NEXT;
+        }
+        Parsed::Bad(reason) => return drop_unread(reason),
+    };
+    let reason = decide::egress(sender(ctx), segment.flags, segment.payload).unwrap_or_else(|| by_flow(ctx, &segment));
+    match reason.verdict() {
+        Verdict::Pass => {
+            count(Hook::Egress, reason);
+            NEXT
+        }
+        // There is nothing to redirect to and nobody to answer: what does not pass is dropped.
+        Verdict::Proxy | Verdict::Refuse | Verdict::Drop => {
+            let subject = Subject {
+                netns_cookie: 0,
+                src: &segment.src,
+                dst: &segment.dst,
+                src_port: segment.src_port,
+                dst_port: segment.dst_port,
+                tcp_flags: segment.flags,
+            };
+            refuse(Hook::Egress, reason, &subject);
+            DROP
+        }
+    }
+}
+
+#[inline(always)]
+fn sender(ctx: &TcContext) -> Sender {
+    // SAFETY: the context is valid while the program runs. 0 means that there is no full socket, not even a listener
+    // behind a request socket.
+    let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
+    if let Owner::Proxy = proxy_cgroup(cgroup) {
+        return Sender::Proxy;
+    }
+    // SAFETY: as above; the verifier insists on both null checks.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return Sender::None;
+        }
+        let full = bpf_sk_fullsock(sk);
+        if full.is_null() {
+            // A request socket has its listener's cgroup, a TIME_WAIT none.
+            return if cgroup == 0 { Sender::None } else { Sender::Tcp };
+        }
+        Sender::socket((*full).family, (*full).type_, cgroup)
+    }
+}
+
+/// Connections from before enrolment are known by addresses and by the socket's cookie, which nobody gets again.
+#[inline(always)]
+fn by_flow(ctx: &TcContext, segment: &Segment) -> Reason {
+    let key = FlowKey {
+        local: segment.src,
+        remote: segment.dst,
+        local_port: segment.src_port,
+        remote_port: segment.dst_port,
+        reserved: 0,
+    };
+    // SAFETY: copied at once; the helper reads the program's own context.
+    let known = unsafe { PREEXISTING.get(key).copied() == Some(bpf_get_socket_cookie(ctx.as_ptr())) };
+    if known { Reason::Preexisting } else { Reason::OutsideCgroup }
+}

@@ -1,0 +1,116 @@
+//! `sock_ops`: turns the note at a captured socket into one that the proxy can find by the peer it accepts.
+
+use core::ffi::c_void;
+use core::ptr;
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock_ops,
+};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set};
+use aya_ebpf::programs::SockOpsContext;
+use mesh_ebpf_common::abi::{Addr, Captured, OriginalDst, PeerKey};
+use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
+
+use crate::maps::{CAPTURED, captured_sockets};
+use crate::report::{Subject, count, refuse};
+
+const AF_INET: u32 = 2;
+const BPF_NOEXIST: u64 = 1;
+const EEXIST: i32 = -17;
+/// `sock_ops` ignores the value for these callbacks.
+const DONE: u32 = 1;
+
+#[inline(always)]
+pub(crate) fn on_event(ctx: &SockOpsContext) -> u32 {
+    let ops = ctx.ops;
+    // SAFETY: the context is valid while the program runs.
+    let (op, state) = unsafe { ((*ops).op, (*ops).__bindgen_anon_1.args[1]) };
+    if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
+        if let Some(note) = note(ops) {
+            on_connect(ctx, &note);
+        }
+    } else if op == BPF_SOCK_OPS_STATE_CB
+        && state == BPF_TCP_CLOSE
+        && let Some(note) = note(ops)
+    {
+        on_close(ctx, &note);
+    }
+    DONE
+}
+
+#[inline(always)]
+fn note(ops: *mut bpf_sock_ops) -> Option<Captured> {
+    // SAFETY: as above; the verifier insists on the null check.
+    let sk = unsafe { (*ops).__bindgen_anon_2.sk }.cast::<c_void>();
+    if sk.is_null() {
+        return None;
+    }
+    let stored = captured_sockets().get(sk);
+    // SAFETY: into this socket's storage, which lives as long as the socket.
+    (!stored.is_null()).then(|| unsafe { *stored })
+}
+
+#[inline(always)]
+fn key(ops: *mut bpf_sock_ops, note: &Captured) -> PeerKey {
+    // SAFETY: as above; word by word for the verifier. `local_port` is in host byte order.
+    let (addr, port) = unsafe {
+        let addr = if (*ops).family == AF_INET {
+            Addr::v4((*ops).local_ip4)
+        } else {
+            let words = (&raw const (*ops).local_ip6).cast::<u32>();
+            let word = |i: usize| ptr::read_volatile(words.add(i));
+            Addr { words: [word(0), word(1), word(2), word(3)] }
+        };
+        (addr, (*ops).local_port as u16)
+    };
+    PeerKey { addr, netns_cookie: note.netns_cookie, port: port.to_be(), reserved: [0; 3] }
+}
+
+#[inline(always)]
+fn on_connect(ctx: &SockOpsContext, note: &Captured) {
+    let key = key(ctx.ops, note);
+    // SAFETY: a helper on the program's own context.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let value = OriginalDst { dst: note.dst, socket_cookie, port: note.port, reserved: [0; 3] };
+    let reason = match CAPTURED.insert(key, value, BPF_NOEXIST) {
+        Ok(()) => {
+            // SAFETY: as above.
+            unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
+            Reason::Noted
+        }
+        Err(EEXIST) => {
+            // Which of the two the proxy will see is unknown, so it shall find neither.
+            let _raced_away = CAPTURED.remove(key);
+            Reason::NoteConflict
+        }
+        // E2BIG, or ENOMEM: there is no room.
+        Err(_) => Reason::NotesFull,
+    };
+    match reason.verdict() {
+        Verdict::Pass | Verdict::Proxy => count(Hook::SockOps, reason),
+        Verdict::Refuse | Verdict::Drop => {
+            let subject = Subject {
+                netns_cookie: note.netns_cookie,
+                src: &key.addr,
+                dst: &note.dst,
+                src_port: key.port,
+                dst_port: note.port,
+                tcp_flags: 0,
+            };
+            refuse(Hook::SockOps, reason, &subject);
+        }
+    }
+}
+
+#[inline(always)]
+fn on_close(ctx: &SockOpsContext, note: &Captured) {
+    let key = key(ctx.ops, note);
+    // SAFETY: a helper on the program's own context.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: only one field is read, at once.
+    let ours = unsafe { CAPTURED.get(key) }.is_some_and(|value| value.socket_cookie == socket_cookie);
+    if ours && CAPTURED.remove(key).is_ok() {
+        count(Hook::SockOps, Reason::NoteRemoved);
+    }
+}

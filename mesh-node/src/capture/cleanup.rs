@@ -1,0 +1,43 @@
+//! `mesh-node cleanup`: removes all that was pinned or attached, of this layout version or any other.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use super::enroll::remove_pins;
+use super::error::{CaptureError, context};
+use super::netns::find_netns;
+use super::pins::{Pins, entries};
+
+/// Removes everything below `bpffs` that capture made and says what. Afterwards nothing is captured on this node.
+///
+/// Routing rules and clsact filters are undone in the namespaces that can still be found.
+pub fn cleanup(bpffs: &Path) -> Result<Vec<String>, CaptureError> {
+    let mut removed = Vec::new();
+    let pins = Pins::new(bpffs);
+    // The workloads' interfaces first: as long as these guard, nothing leaves uncaptured by half.
+    for cookie in context(pins.cookies(), || format!("read {}", pins.workloads().display()))? {
+        let netns = find_netns(cookie);
+        removed.extend(remove_pins(&pins.workload(cookie), netns.as_ref().map(AsFd::as_fd))?);
+    }
+    for path in context(entries(bpffs), || format!("read {}", bpffs.display()))? {
+        let version = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('v'));
+        if version.is_some_and(|digits| digits.parse::<u32>().is_ok()) {
+            remove_tree(&path, &mut removed)?;
+        }
+    }
+    Ok(removed)
+}
+
+fn remove_tree(path: &Path, removed: &mut Vec<String>) -> Result<(), CaptureError> {
+    let what = || format!("remove {}", path.display());
+    if context(std::fs::symlink_metadata(path), what)?.is_dir() {
+        for entry in context(entries(path), what)? {
+            remove_tree(&entry, removed)?;
+        }
+        context(std::fs::remove_dir(path), what)?;
+    } else {
+        context(std::fs::remove_file(path), what)?;
+    }
+    removed.push(path.display().to_string());
+    Ok(())
+}

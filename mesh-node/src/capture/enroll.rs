@@ -1,0 +1,259 @@
+//! Enrolment of a workload: the kernel captures it from here on, and undoing that.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, PeerKey, Workload};
+use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
+use nix::sys::socket::{SockaddrStorage, getsockname};
+
+use super::error::{CaptureError, context};
+use super::netns::{Interface, in_netns, interfaces, netns_cookie};
+use super::pins::{InterfacePin, LOOKUP, entries};
+use super::programs::{INTERFACE_PROGRAMS, LOOKUP_PROGRAM, existing_link};
+use super::sock_diag::{LISTEN, SYN_RECV, SockDiag, TcpSocket};
+use super::sys::{self, AttachType, Target};
+use super::{Capture, ListenerFds, inner_route, insert, tc};
+
+/// `SO_COOKIE`
+const SO_COOKIE: libc::c_int = 57;
+
+/// A workload to enrol.
+#[derive(Clone, Copy)]
+pub struct EnrollRequest<'a> {
+    /// Names the workload in errors.
+    pub uid: &'a str,
+    /// Its network namespace.
+    pub netns: BorrowedFd<'a>,
+    /// Its IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+    /// The proxy's listeners in the namespace, of any of its ports. Without one for [`INBOUND_PORT`] the workload is
+    /// closed: connections in are refused.
+    pub listeners: ListenerFds<'a>,
+}
+
+/// What enrolment did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Enrollment {
+    /// Cookie of the workload's network namespace.
+    pub cookie: u64,
+    /// Interfaces that are guarded.
+    pub interfaces: Vec<Interface>,
+    /// Connections that were there before and may go on.
+    pub preexisting: usize,
+}
+
+/// One of the proxy's listeners.
+struct Listener<'a> {
+    fd: BorrowedFd<'a>,
+    address: SocketAddr,
+    socket_cookie: u64,
+}
+
+impl Capture {
+    /// Enrols a workload, or renews its enrolment: new listeners, new programs.
+    ///
+    /// Order: the namespace is captured, connections of before are noted, interfaces are guarded, and connections that
+    /// came in between are noted. An error leaves the workload closed, never open.
+    pub fn enroll(&self, request: &EnrollRequest<'_>) -> Result<Enrollment, CaptureError> {
+        let uid = request.uid;
+        let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
+        let listeners = context(describe(request.listeners), || format!("listeners of {uid}"))?;
+        let first_time = !self.pins.workload(cookie).join(LOOKUP).exists();
+        self.register(cookie, request, &listeners)?;
+        let mut guard = self.programs();
+        let programs = &mut *guard;
+        let directory = self.pins.workload(cookie);
+        context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
+        let inside = in_netns(request.netns, || {
+            let diag = context(SockDiag::open(), || format!("list sockets of {uid}"))?;
+            let sockets = || context(diag.sockets(), || format!("list sockets of {uid}"));
+            let mut known = 0;
+            if first_time {
+                known += self.note_preexisting(&sockets()?)?;
+            }
+            let found = context(interfaces(), || format!("list interfaces of {uid}"))?;
+            for interface in &found {
+                tc::attach(programs, self.tc, &directory, interface)?;
+            }
+            if first_time {
+                let after = sockets()?;
+                known = known.max(self.note_preexisting(&after)?);
+                end_half_open(&diag, &after, &listeners);
+            }
+            refuse_held_ports(uid, &sockets()?, &listeners)?;
+            context(inner_route::set_up(), || format!("set up routing of {uid}"))?;
+            Ok((found, known))
+        });
+        let (interfaces, preexisting) = context(inside, || format!("enter the network namespace of {uid}"))??;
+        self.attach_lookup(&guard, &directory, request)?;
+        Ok(Enrollment { cookie, interfaces, preexisting })
+    }
+
+    /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and
+    /// clsact filters, and may be left out if the namespace is gone.
+    pub fn unenroll(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), CaptureError> {
+        let directory = self.pins.workload(cookie);
+        remove_pins(&directory, netns)?;
+        let what = || format!("unenrol the workload with cookie {cookie}");
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let key = ListenerKey { netns_cookie: cookie, family: family.cast_unsigned(), reserved: 0 };
+            // The entry leaves by itself when its listener is closed.
+            context(sys::remove(self.maps.listeners.as_fd(), &key), what)?;
+        }
+        self.forget_flows(cookie)?;
+        context(sys::remove(self.maps.workloads.as_fd(), &cookie), what)?;
+        Ok(())
+    }
+
+    fn register(&self, cookie: u64, request: &EnrollRequest<'_>, ours: &[Listener<'_>]) -> Result<(), CaptureError> {
+        let what = || format!("register {}", request.uid);
+        let before: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
+        let workload = Workload {
+            v4: request.v4.map_or(0, |v4| v4.to_bits().to_be()),
+            flags: 0,
+            v6: request.v6.map_or_else(Addr::default, |v6| Addr::from(IpAddr::V6(v6))),
+            generation: before.map_or(0, |w| w.generation) + 1,
+        };
+        for listener in ours.iter().filter(|listener| listener.address.port() == INBOUND_PORT) {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&listener.fd).cast_unsigned();
+            let tag = ListenerTag { netns_cookie: cookie };
+            insert(&self.maps.listener_tags, maps::LISTENER_TAGS, &fd, &tag)?;
+            let family = if listener.address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+            let key = ListenerKey { netns_cookie: cookie, family: family.cast_unsigned(), reserved: 0 };
+            insert(&self.maps.listeners, maps::LISTENERS, &key, &fd)?;
+        }
+        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &workload)
+    }
+
+    /// The last step of an enrolment: its pin says that the workload needs no second look at old connections.
+    fn attach_lookup(
+        &self,
+        programs: &super::programs::Programs,
+        directory: &Path,
+        request: &EnrollRequest<'_>,
+    ) -> Result<(), CaptureError> {
+        let what = || format!("attach {LOOKUP_PROGRAM} to the network namespace of {}", request.uid);
+        let pin = directory.join(LOOKUP);
+        let program = programs.fd(LOOKUP_PROGRAM)?;
+        if let Some(link) = existing_link(&pin)? {
+            return context(sys::update_link(link.as_fd(), program), what);
+        }
+        let link = context(sys::link(program, Target::Fd(request.netns), AttachType::SkLookup, 0), what)?;
+        context(sys::pin(link.as_fd(), &pin), what)
+    }
+
+    fn note_preexisting(&self, sockets: &[TcpSocket]) -> Result<usize, CaptureError> {
+        let mut noted = 0;
+        for socket in sockets {
+            let local = Addr::from(socket.local.ip());
+            if socket.state == LISTEN || socket.state == SYN_RECV || local.is_loopback() {
+                continue;
+            }
+            let key = FlowKey {
+                local,
+                remote: Addr::from(socket.remote.ip()),
+                local_port: socket.local.port().to_be(),
+                remote_port: socket.remote.port().to_be(),
+                reserved: 0,
+            };
+            insert(&self.maps.preexisting, maps::PREEXISTING, &key, &socket.cookie)?;
+            noted += 1;
+        }
+        Ok(noted)
+    }
+
+    /// Notes and old connections of a workload that is no longer enrolled.
+    fn forget_flows(&self, cookie: u64) -> Result<(), CaptureError> {
+        let what = || format!("forget connections of the workload with cookie {cookie}");
+        let workload: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
+        if let Some(workload) = workload {
+            for key in context(sys::keys::<FlowKey>(self.maps.preexisting.as_fd(), maps::MAX_PREEXISTING), what)? {
+                if workload.owns(&key.local) {
+                    context(sys::remove(self.maps.preexisting.as_fd(), &key), what)?;
+                }
+            }
+        }
+        for key in context(sys::keys::<PeerKey>(self.maps.captured.as_fd(), maps::MAX_CAPTURED), what)? {
+            if key.netns_cookie == cookie {
+                context(sys::remove(self.maps.captured.as_fd(), &key), what)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
+    fds.iter()
+        .map(|fd| {
+            let name: SockaddrStorage = getsockname(std::os::fd::AsRawFd::as_raw_fd(fd))?;
+            let address = name
+                .as_sockaddr_in()
+                .map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)))
+                .or_else(|| name.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
+                .ok_or_else(|| io::Error::other("a listener is not an IP socket"))?;
+            Ok(Listener { fd: *fd, address, socket_cookie: sys::socket_option(*fd, SO_COOKIE)? })
+        })
+        .collect()
+}
+
+/// A handshake with the application that was under way cannot be finished; the client tries again and meets the proxy.
+fn end_half_open(diag: &SockDiag, sockets: &[TcpSocket], ours: &[Listener<'_>]) {
+    let own_ports: BTreeSet<u16> = ours.iter().map(|listener| listener.address.port()).collect();
+    for socket in sockets.iter().filter(|s| s.state == SYN_RECV && !own_ports.contains(&s.local.port())) {
+        if let Err(error) = diag.destroy(socket) {
+            // It ends by itself within the kernel's SYN-ACK retries, because its segments are dropped.
+            tracing::debug!(%error, local = %socket.local, remote = %socket.remote, "half-open connection stays");
+        }
+    }
+}
+
+fn refuse_held_ports(uid: &str, sockets: &[TcpSocket], ours: &[Listener<'_>]) -> Result<(), CaptureError> {
+    let own: BTreeSet<u64> = ours.iter().map(|listener| listener.socket_cookie).collect();
+    let held =
+        sockets.iter().find(|s| s.state == LISTEN && PROXY_PORTS.contains(&s.local.port()) && !own.contains(&s.cookie));
+    match held {
+        Some(socket) => Err(CaptureError::PortHeld { uid: uid.to_owned(), address: socket.local, owner: socket.uid }),
+        None => Ok(()),
+    }
+}
+
+/// Detaches all that is pinned for a workload. Returns what it removed.
+pub(super) fn remove_pins(directory: &Path, netns: Option<BorrowedFd<'_>>) -> Result<Vec<String>, CaptureError> {
+    let what = || format!("remove {}", directory.display());
+    let pins = context(entries(directory), what)?;
+    let mut removed = Vec::new();
+    if let Some(netns) = netns {
+        let clsact: Vec<InterfacePin> = pins
+            .iter()
+            .filter_map(|pin| InterfacePin::parse(pin.file_name()?.to_str()?, &INTERFACE_PROGRAMS))
+            .filter(|pin| pin.clsact)
+            .collect();
+        let detached = in_netns(netns, || -> io::Result<()> {
+            let present = interfaces()?;
+            for pin in &clsact {
+                if let Some(interface) = present.iter().find(|interface| interface.index == pin.index) {
+                    tc::detach_clsact(interface, pin.program)?;
+                }
+            }
+            inner_route::tear_down()
+        });
+        context(detached.and_then(|done| done), what)?;
+        removed.push(format!("routing rules in the namespace of {}", directory.display()));
+    }
+    for pin in &pins {
+        context(std::fs::remove_file(pin), || format!("remove {}", pin.display()))?;
+        removed.push(pin.display().to_string());
+    }
+    match std::fs::remove_dir(directory) {
+        Ok(()) => removed.push(directory.display().to_string()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => return Err(CaptureError::Io { what: what(), source }),
+    }
+    Ok(removed)
+}

@@ -1,0 +1,274 @@
+//! Capture: loads the kernel programs, enrols workloads, and answers where a captured connection wanted to go.
+//!
+//! Everything that must outlive this process is pinned in bpffs: with the proxy gone, the programs stay and refuse.
+//! A new process adopts the pinned maps and puts its own programs in the place of the old ones.
+//! All functions block (system calls, and threads that enter a namespace); none is for a runtime's thread except
+//! [`Capture::original_dst`], which is one system call. This is the only module of the crate with `unsafe` in it,
+//! and it decides nothing about traffic: that is `mesh_ebpf_common::decide`.
+#![allow(unsafe_code)]
+
+mod cgroup;
+mod cleanup;
+mod enroll;
+mod error;
+mod events;
+mod inner_route;
+mod inspect;
+mod netns;
+mod pins;
+mod programs;
+mod sock_diag;
+mod sys;
+mod tc;
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use mesh_ebpf_common::abi::{Addr, OriginalDst, PeerKey, Workload};
+use mesh_ebpf_common::{LAYOUT_VERSION, maps};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+pub use cgroup::own_cgroup;
+pub use cleanup::cleanup;
+pub use enroll::{EnrollRequest, Enrollment};
+pub use error::CaptureError;
+pub use events::{CaptureEvent, Events};
+pub use inspect::{Count, MapRow, ProgramRow};
+pub use netns::{Interface, LinkLayer, in_netns, netns_cookie};
+
+use error::context;
+use pins::Pins;
+use programs::Programs;
+
+/// How programs attach to interfaces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TcMode {
+    /// tcx where the kernel has it (6.6), else clsact.
+    #[default]
+    Auto,
+    /// clsact everywhere.
+    Clsact,
+}
+
+/// What the loader needs to know.
+#[derive(Clone, Debug)]
+pub struct CaptureConfig {
+    /// A directory on a BPF file system; pins go to `v1/` below it.
+    pub bpffs: PathBuf,
+    /// The cgroup v2 directory above all workloads.
+    pub pods_cgroup: PathBuf,
+    /// The cgroup v2 directory of the proxy: sockets of processes in it are the proxy's. See [`own_cgroup`].
+    pub proxy_cgroup: PathBuf,
+    /// How to attach to interfaces.
+    pub tc: TcMode,
+    /// Entries of maps by name, where the defaults do not fit. Maps that are pinned already keep their size.
+    pub map_entries: Vec<(&'static str, u32)>,
+}
+
+impl CaptureConfig {
+    /// With defaults.
+    pub fn new(bpffs: impl Into<PathBuf>, pods_cgroup: impl Into<PathBuf>, proxy_cgroup: impl Into<PathBuf>) -> Self {
+        Self {
+            bpffs: bpffs.into(),
+            pods_cgroup: pods_cgroup.into(),
+            proxy_cgroup: proxy_cgroup.into(),
+            tc: TcMode::Auto,
+            map_entries: Vec::new(),
+        }
+    }
+}
+
+/// The kernel's part of the mesh on this node.
+pub struct Capture {
+    pins: Pins,
+    tc: TcMode,
+    programs: Mutex<Programs>,
+    maps: PinnedMaps,
+}
+
+/// Descriptors of the maps that user space reads and writes.
+struct PinnedMaps {
+    workloads: OwnedFd,
+    proxy_cgroups: OwnedFd,
+    captured: OwnedFd,
+    listener_tags: OwnedFd,
+    listeners: OwnedFd,
+    preexisting: OwnedFd,
+    counters: OwnedFd,
+    event_budget: OwnedFd,
+    layout: OwnedFd,
+}
+
+/// A workload that the kernel knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Cookie of its network namespace.
+    pub cookie: u64,
+    /// Its IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+}
+
+/// Marks this crate's only use of a table entry: present.
+const PRESENT: u64 = 1;
+
+impl Capture {
+    /// Loads the programs and attaches them, or adopts what an earlier process pinned and replaces its programs.
+    ///
+    /// From the first call on, connections of enrolled workloads are captured without a gap.
+    pub fn open(config: &CaptureConfig) -> Result<Self, CaptureError> {
+        cgroup::check_apart(&config.proxy_cgroup, &config.pods_cgroup)?;
+        check_bpffs(&config.bpffs)?;
+        check_layout_directories(&config.bpffs)?;
+        let pins = Pins::new(&config.bpffs);
+        context(pins.create(), || format!("create {}", pins.root().display()))?;
+        let _lock = lock(pins.root())?;
+        let programs = Programs::load(&pins, &config.map_entries)?;
+        let maps = PinnedMaps::open(&pins)?;
+        maps.check_layout(&pins)?;
+        let describe = || format!("register the proxy's cgroup {}", config.proxy_cgroup.display());
+        let proxy_cgroup = context(cgroup::id(&config.proxy_cgroup), describe)?;
+        insert(&maps.proxy_cgroups, maps::PROXY_CGROUPS, &proxy_cgroup, &PRESENT)?;
+        programs.replace_in_workloads(&pins)?;
+        programs.attach_to_cgroup(&pins, &config.pods_cgroup)?;
+        Ok(Self { pins, tc: config.tc, programs: Mutex::new(programs), maps })
+    }
+
+    /// Workloads that are enrolled in the kernel, by this process or an earlier one.
+    pub fn adopt(&self) -> Result<Vec<Adopted>, CaptureError> {
+        let what = || "read the enrolled workloads".to_owned();
+        let map = self.maps.workloads.as_fd();
+        let cookies = context(sys::keys::<u64>(map, maps::MAX_WORKLOADS), what)?;
+        let mut adopted = Vec::with_capacity(cookies.len());
+        for cookie in cookies {
+            if let Some(workload) = context(sys::lookup::<_, Workload>(map, &cookie), what)? {
+                adopted.push(Adopted { cookie, v4: v4_of(&workload), v6: v6_of(&workload) });
+            }
+        }
+        adopted.sort_by_key(|workload| workload.cookie);
+        Ok(adopted)
+    }
+
+    /// Where the connection that the proxy accepted from `peer` wanted to go; each note can be taken once.
+    ///
+    /// `None` means refuse: the map was full, or the peer did not come by capture.
+    pub fn original_dst(&self, cookie: u64, peer: SocketAddr) -> Result<Option<SocketAddr>, CaptureError> {
+        let key =
+            PeerKey { addr: Addr::from(peer.ip()), netns_cookie: cookie, port: peer.port().to_be(), reserved: [0; 3] };
+        let taken: Option<OriginalDst> =
+            context(sys::take(self.maps.captured.as_fd(), &key), || format!("look up the destination of {peer}"))?;
+        Ok(taken.map(|original| SocketAddr::new(IpAddr::from(original.dst), u16::from_be(original.port))))
+    }
+
+    /// A proxy that has ended for good: its sockets are gone and its cgroup no longer means the proxy.
+    pub fn retire_proxy_cgroup(&self, cgroup_id: u64) -> Result<bool, CaptureError> {
+        context(sys::remove(self.maps.proxy_cgroups.as_fd(), &cgroup_id), || format!("retire cgroup {cgroup_id}"))
+    }
+
+    /// Where this node's pins are.
+    pub fn pin_directory(&self) -> &Path {
+        self.pins.root()
+    }
+
+    fn programs(&self) -> std::sync::MutexGuard<'_, Programs> {
+        // A panic while holding it leaves loaded programs, which are never half-written.
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PinnedMaps {
+    fn open(pins: &Pins) -> Result<Self, CaptureError> {
+        let open = |name: &str| {
+            let path = pins.map(name);
+            context(sys::open_pin(&path), || format!("open {}", path.display()))
+        };
+        Ok(Self {
+            workloads: open(maps::WORKLOADS)?,
+            proxy_cgroups: open(maps::PROXY_CGROUPS)?,
+            captured: open(maps::CAPTURED)?,
+            listener_tags: open(maps::LISTENER_TAGS)?,
+            listeners: open(maps::LISTENERS)?,
+            preexisting: open(maps::PREEXISTING)?,
+            counters: open(maps::COUNTERS)?,
+            event_budget: open(maps::EVENT_BUDGET)?,
+            layout: open(maps::LAYOUT)?,
+        })
+    }
+
+    /// Writes the layout version into new maps, and refuses those of another one.
+    fn check_layout(&self, pins: &Pins) -> Result<(), CaptureError> {
+        let what = || "read the layout version".to_owned();
+        match context(sys::lookup::<u32, u32>(self.layout.as_fd(), &0), what)?.unwrap_or_default() {
+            0 => context(sys::update(self.layout.as_fd(), &0_u32, &LAYOUT_VERSION, sys::BPF_ANY), what),
+            LAYOUT_VERSION => Ok(()),
+            found => Err(CaptureError::Layout {
+                path: pins.root().to_owned(),
+                found: found.to_string(),
+                ours: LAYOUT_VERSION,
+            }),
+        }
+    }
+}
+
+fn v4_of(workload: &Workload) -> Option<Ipv4Addr> {
+    (workload.v4 != 0).then(|| Ipv4Addr::from_bits(u32::from_be(workload.v4)))
+}
+
+fn v6_of(workload: &Workload) -> Option<Ipv6Addr> {
+    match IpAddr::from(workload.v6) {
+        IpAddr::V6(v6) if !v6.is_unspecified() => Some(v6),
+        IpAddr::V4(_) | IpAddr::V6(_) => None,
+    }
+}
+
+/// Creates or replaces an entry; a full map has an error of its own.
+fn insert<K: sys::Plain, V: sys::Plain>(
+    map: &OwnedFd,
+    name: &'static str,
+    key: &K,
+    value: &V,
+) -> Result<(), CaptureError> {
+    match sys::update(map.as_fd(), key, value, sys::BPF_ANY) {
+        Ok(()) => Ok(()),
+        Err(e) if e.raw_os_error() == Some(libc::E2BIG) => {
+            let entries = sys::map_info(map.as_fd()).map(|info| info.max_entries).unwrap_or_default();
+            Err(CaptureError::MapFull { map: name, entries })
+        }
+        Err(source) => Err(CaptureError::Io { what: format!("write to {name}"), source }),
+    }
+}
+
+/// Keeps two processes from replacing the same programs at once.
+fn lock(dir: &Path) -> Result<Flock<File>, CaptureError> {
+    let what = || format!("lock {}", dir.display());
+    let file = context(File::open(dir), what)?;
+    context(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into()), what)
+}
+
+fn check_bpffs(path: &Path) -> Result<(), CaptureError> {
+    match statfs(path) {
+        Ok(fs) if fs.filesystem_type() == BPF_FS_MAGIC => Ok(()),
+        Ok(_) | Err(_) => Err(CaptureError::NotBpffs(path.to_owned())),
+    }
+}
+
+/// Two layouts side by side would capture twice.
+fn check_layout_directories(bpffs: &Path) -> Result<(), CaptureError> {
+    let what = || format!("read {}", bpffs.display());
+    for path in context(pins::entries(bpffs), what)? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let version = name.strip_prefix('v').is_some_and(|digits| digits.parse::<u32>().is_ok());
+        if version && name != pins::version_name() {
+            return Err(CaptureError::Layout { path, found: name, ours: LAYOUT_VERSION });
+        }
+    }
+    Ok(())
+}
+
+/// Borrowed descriptors of a workload's listeners, as [`EnrollRequest`] wants them.
+pub type ListenerFds<'a> = &'a [BorrowedFd<'a>];

@@ -1,0 +1,107 @@
+//! Work inside a workload's network namespace: always on a thread of its own, because the namespace is the thread's.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use super::sys;
+
+const ARPHRD_ETHER: u16 = 1;
+const ARPHRD_LOOPBACK: u16 = 772;
+
+/// Runs `work` in the network namespace and waits for it. Blocks: not for a runtime's thread.
+pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, move || {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            })?
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// The number that identifies a network namespace until the next boot (`SO_NETNS_COOKIE`, Linux 5.14).
+pub fn netns_cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
+    in_netns(netns, || {
+        let probe = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        sys::socket_option(probe.as_fd(), libc::SO_NETNS_COOKIE)
+    })?
+}
+
+/// The link layer of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkLayer {
+    /// Frames begin with an Ethernet header.
+    Ethernet,
+    /// Packets begin with the IP header.
+    None,
+}
+
+/// An interface of a workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index in its namespace.
+    pub index: u32,
+    /// Its name there.
+    pub name: String,
+    /// What its frames begin with.
+    pub link_layer: LinkLayer,
+}
+
+/// All interfaces of the calling thread's namespace but loopback.
+pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
+    let probe = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut found = Vec::new();
+    for entry in &nix::net::if_::if_nameindex()? {
+        let name = entry.name().to_string_lossy().into_owned();
+        let link_layer = match hardware_type(&probe, &name)? {
+            ARPHRD_LOOPBACK => continue,
+            ARPHRD_ETHER => LinkLayer::Ethernet,
+            // Tunnels and raw IP devices; what is not IP on them, the program drops.
+            _ => LinkLayer::None,
+        };
+        found.push(Interface { index: entry.index(), name, link_layer });
+    }
+    Ok(found)
+}
+
+fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
+    // SAFETY: all zero is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::other(format!("interface name {name} is too long")));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the request is an `ifreq`, which this ioctl fills; the union's address is valid afterwards.
+    unsafe {
+        if libc::ioctl(probe.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(request.ifr_ifru.ifru_hwaddr.sa_family)
+    }
+}
+
+/// Finds a namespace by its cookie among those that processes are in and that are mounted at `/run/netns`.
+pub(super) fn find_netns(cookie: u64) -> Option<OwnedFd> {
+    let processes = std::fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path().join("ns/net"));
+    let mounted = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut seen = std::collections::BTreeSet::new();
+    for path in processes.chain(mounted) {
+        // Processes end while we look; the next path may still lead there.
+        let Ok(file) = File::open(&path) else { continue };
+        let Ok(status) = nix::sys::stat::fstat(&file) else { continue };
+        if seen.insert(status.st_ino) && netns_cookie(file.as_fd()).is_ok_and(|found| found == cookie) {
+            return Some(file.into());
+        }
+    }
+    None
+}

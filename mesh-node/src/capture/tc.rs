@@ -1,0 +1,129 @@
+//! Attachment to a workload's interfaces: tcx links where the kernel has them (6.6), else clsact filters.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use aya::Ebpf;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
+use aya::programs::{Program, SchedClassifier, TcAttachType};
+
+use super::TcMode;
+use super::error::{CaptureError, context};
+use super::netns::{Interface, LinkLayer};
+use super::pins::InterfacePin;
+use super::programs::{EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, INGRESS_PROGRAM, Programs, existing_link};
+use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
+
+/// Our filter's place among clsact filters: first, and always the same, so that the next version replaces it.
+const CLSACT_PRIORITY: u16 = 1;
+const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Both programs of an interface. Called in the interface's namespace.
+pub(super) fn attach(
+    programs: &mut Programs,
+    mode: TcMode,
+    directory: &Path,
+    interface: &Interface,
+) -> Result<(), CaptureError> {
+    let egress = match interface.link_layer {
+        LinkLayer::Ethernet => EGRESS_L2_PROGRAM,
+        LinkLayer::None => EGRESS_L3_PROGRAM,
+    };
+    for (program, tcx, clsact) in [
+        (egress, AttachType::TcxEgress, TcAttachType::Egress),
+        (INGRESS_PROGRAM, AttachType::TcxIngress, TcAttachType::Ingress),
+    ] {
+        let place = Place { directory, interface, program };
+        let done = match mode {
+            TcMode::Auto => attach_tcx(programs, &place, tcx)?,
+            TcMode::Clsact => false,
+        };
+        if !done {
+            attach_clsact(programs, &place, clsact)?;
+        }
+    }
+    Ok(())
+}
+
+struct Place<'a> {
+    directory: &'a Path,
+    interface: &'a Interface,
+    program: &'static str,
+}
+
+impl Place<'_> {
+    fn pin(&self, clsact: bool) -> std::path::PathBuf {
+        let pin = InterfacePin { index: self.interface.index, program: self.program, clsact };
+        self.directory.join(pin.file_name())
+    }
+
+    fn describe(&self) -> String {
+        format!("attach {} to interface {}", self.program, self.interface.name)
+    }
+}
+
+/// False if the kernel has no tcx.
+fn attach_tcx(programs: &Programs, place: &Place<'_>, kind: AttachType) -> Result<bool, CaptureError> {
+    let pin = place.pin(false);
+    let what = || place.describe();
+    let program = programs.fd(place.program)?;
+    if let Some(link) = existing_link(&pin)? {
+        if context(sys::link_info(link.as_fd()), what)?.target & u64::from(u32::MAX) != 0 {
+            context(sys::update_link(link.as_fd(), program), what)?;
+            return Ok(true);
+        }
+        // The interface that had this index is gone.
+        context(std::fs::remove_file(&pin), what)?;
+    }
+    let link = match sys::link(program, Target::Interface(place.interface.index), kind, BPF_F_BEFORE) {
+        Ok(link) => link,
+        // An attach type that the kernel does not know, before 6.6.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
+        Err(source) => return Err(CaptureError::Io { what: what(), source }),
+    };
+    context(sys::pin(link.as_fd(), &pin), what)?;
+    Ok(true)
+}
+
+/// The filter holds the program; the pin beside it says that the filter is ours.
+fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType) -> Result<(), CaptureError> {
+    let pin = place.pin(true);
+    let what = || place.describe();
+    let name = &place.interface.name;
+    let replace = pin.exists();
+    if !replace {
+        // A qdisc that is already there is as good; if this failed otherwise, the filter's error says more.
+        let _already_there = qdisc_add_clsact(name);
+    }
+    let classifier = classifier(&mut programs.object, place.program)?;
+    let attached = if replace {
+        SchedClassifierLink::attached(name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)
+            .map_err(io::Error::other)
+            .and_then(|link| classifier.attach_to_link(link).map_err(io::Error::other))
+    } else {
+        let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
+        classifier.attach_with_options(name, kind, TcAttachOptions::Netlink(options)).map_err(io::Error::other)
+    };
+    let link = context(attached.and_then(|id| classifier.take_link(id).map_err(io::Error::other)), what)?;
+    // Dropping the link would detach the filter, which has to outlive this process.
+    std::mem::forget(link);
+    let temporary = pin.with_file_name("new");
+    let pinned = sys::pin(programs.fd(place.program)?, &temporary).and_then(|()| std::fs::rename(&temporary, &pin));
+    context(pinned, what)
+}
+
+/// Removes a clsact filter. Called in the interface's namespace.
+pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<()> {
+    let kind = if program == INGRESS_PROGRAM { TcAttachType::Ingress } else { TcAttachType::Egress };
+    let link = SchedClassifierLink::attached(&interface.name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
+    // Dropping detaches, but would hide the error.
+    aya::programs::links::Link::detach(link).map_err(io::Error::other)
+}
+
+fn classifier<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, CaptureError> {
+    match object.program_mut(name) {
+        Some(Program::SchedClassifier(program)) => Ok(program),
+        Some(_) | None => Err(CaptureError::NoProgram(name)),
+    }
+}
