@@ -1,1 +1,3 @@
-//! Skeleton.
+//! Real processes in real namespaces: what the tiers above unit tests share.
+
+pub mod bench;
