@@ -3,12 +3,12 @@
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_sk_assign, bpf_sk_cgroup_id, bpf_sk_release};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_sk_assign, bpf_sk_release, bpf_skb_cgroup_id};
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_common::INBOUND_PORT;
 use mesh_ebpf_common::abi::{FlowKey, SynNote};
 use mesh_ebpf_common::decide::{self, Found, Ingress, Owner, RST};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
+use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT};
 
 use crate::maps::{PREEXISTING, PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
 use crate::report::{Subject, count, refuse};
@@ -18,6 +18,21 @@ use crate::segment::{Parsed, Segment, Start, find_socket, parse};
 pub(crate) const NEXT: i32 = -1;
 /// `TCX_DROP` and `TC_ACT_SHOT`.
 pub(crate) const DROP: i32 = 2;
+
+/// A segment's judgement.
+struct Judged {
+    reason: Reason,
+    netns_cookie: u64,
+    /// Whether the kernel may go on with the segment to answer it: not when it holds a socket that is not the proxy's.
+    answerable: bool,
+}
+
+impl Judged {
+    #[inline(always)]
+    fn new(reason: Reason) -> Self {
+        Self { reason, netns_cookie: 0, answerable: true }
+    }
+}
 
 #[inline(always)]
 pub(crate) fn on_segment(ctx: &TcContext) -> i32 {
@@ -34,36 +49,36 @@ pub(crate) fn on_segment(ctx: &TcContext) -> i32 {
             return DROP;
         }
     };
-    let (reason, netns_cookie) = judge(ctx, &segment);
-    match reason.verdict() {
+    let judged = judge(ctx, &segment);
+    match judged.reason.verdict() {
         Verdict::Pass | Verdict::Proxy => {
-            count(Hook::Ingress, reason);
+            count(Hook::Ingress, judged.reason);
             NEXT
         }
         Verdict::Refuse => {
-            report(&segment, reason, netns_cookie);
+            report(&segment, &judged);
             // A reset is not answered; for anything else `sk_lookup` makes the kernel answer with one.
-            let refusable = segment.flags & RST == 0 && !segment.payload;
-            if refusable && note(&segment, 0) { NEXT } else { DROP }
+            let answer = judged.answerable && segment.flags & RST == 0 && !segment.payload;
+            if answer && note(&segment, 0) { NEXT } else { DROP }
         }
         Verdict::Drop => {
-            report(&segment, reason, netns_cookie);
+            report(&segment, &judged);
             DROP
         }
     }
 }
 
 #[inline(always)]
-fn report(segment: &Segment, reason: Reason, netns_cookie: u64) {
+fn report(segment: &Segment, judged: &Judged) {
     let subject = Subject {
-        netns_cookie,
+        netns_cookie: judged.netns_cookie,
         src: &segment.src,
         dst: &segment.dst,
         src_port: segment.src_port,
         dst_port: segment.dst_port,
         tcp_flags: segment.flags,
     };
-    refuse(Hook::Ingress, reason, &subject);
+    refuse(Hook::Ingress, judged.reason, &subject);
 }
 
 #[inline(always)]
@@ -78,22 +93,29 @@ fn flow(segment: &Segment) -> FlowKey {
 }
 
 #[inline(always)]
-fn judge(ctx: &TcContext, segment: &Segment) -> (Reason, u64) {
+fn judge(ctx: &TcContext, segment: &Segment) -> Judged {
+    let port = u16::from_be(segment.dst_port);
     let sk = find_socket(ctx, segment, segment.src_port, segment.dst_port);
+    let mut assigned = false;
     let found = if sk.is_null() {
         Found::Nothing
     } else {
-        let found = Found::socket(state(sk), owner(sk));
+        let found = match Found::socket(state(sk), Owner::Other) {
+            // Whose a listener is matters on the tunnel's port only; on others the proxy's takes its place anyway.
+            Found::Live(_) => Found::Live(owner(ctx, sk, &mut assigned)),
+            Found::Listener(_) if port == HBONE_PORT => Found::Listener(owner(ctx, sk, &mut assigned)),
+            other => other,
+        };
         // SAFETY: the reference came from the look-up and is given back once.
         unsafe { bpf_sk_release(sk.cast()) };
         found
     };
-    match decide::ingress(found, segment.flags, u16::from_be(segment.dst_port), segment.payload) {
-        Ingress::Settled(reason) => (reason, 0),
+    match decide::ingress(found, segment.flags, port, segment.payload) {
+        Ingress::Settled(reason) => Judged { answerable: !assigned, ..Judged::new(reason) },
         Ingress::AskPreexisting => {
             // SAFETY: only presence is asked.
             let known = unsafe { PREEXISTING.get(flow(segment)) }.is_some();
-            (if known { Reason::Preexisting } else { Reason::ForeignSocket }, 0)
+            Judged::new(if known { Reason::Preexisting } else { Reason::ForeignSocket })
         }
         Ingress::AskListener => to_listener(ctx, segment, Way::Assign),
         Ingress::NoteListener => to_listener(ctx, segment, Way::Note),
@@ -106,11 +128,18 @@ fn state(sk: *mut bpf_sock) -> u32 {
     unsafe { core::ptr::read_volatile(&raw const (*sk).state) }
 }
 
+/// Whose a socket is. The kernel tells tc the cgroup of a packet's socket only (`bpf_sk_cgroup_id` is for cgroup
+/// programs, Linux 6.18 `tc_cls_act_func_proto`), so the packet gets the socket, which is the one that the kernel would
+/// find for it. A request socket answers for its listener.
 #[inline(always)]
-fn owner(sk: *mut bpf_sock) -> Owner {
-    // SAFETY: not null. A request socket answers for its listener, a TIME_WAIT with 0.
-    let cgroup = unsafe { bpf_sk_cgroup_id(sk.cast()) };
-    proxy_cgroup(cgroup)
+fn owner(ctx: &TcContext, sk: *mut bpf_sock, assigned: &mut bool) -> Owner {
+    // SAFETY: both pointers are the kernel's.
+    if unsafe { bpf_sk_assign(ctx.as_ptr(), sk.cast(), 0) } != 0 {
+        return Owner::Other;
+    }
+    *assigned = true;
+    // SAFETY: the context is valid while the program runs.
+    proxy_cgroup(unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
 }
 
 /// Whether a cgroup is a proxy's.
@@ -128,41 +157,45 @@ enum Way {
 }
 
 #[inline(always)]
-fn to_listener(ctx: &TcContext, segment: &Segment, way: Way) -> (Reason, u64) {
+fn to_listener(ctx: &TcContext, segment: &Segment, way: Way) -> Judged {
     // Port 0 is in no connection, so that this finds a listener only.
     let listener = find_socket(ctx, segment, 0, INBOUND_PORT.to_be());
     if listener.is_null() {
-        return (Reason::NoListener, 0);
+        return Judged::new(Reason::NoListener);
     }
-    let verdict = match Found::socket(state(listener), owner(listener)) {
-        Found::Listener(Owner::Proxy) => hand_over(ctx, segment, listener, way),
-        Found::Listener(Owner::Other) | Found::Live(_) | Found::TimeWait | Found::Nothing => (Reason::NoListener, 0),
+    let judged = match Found::socket(state(listener), Owner::Other) {
+        Found::Listener(_) => hand_over(ctx, segment, listener, way),
+        Found::Live(_) | Found::TimeWait | Found::Nothing => Judged::new(Reason::NoListener),
     };
     // SAFETY: the reference came from the look-up and is given back once.
     unsafe { bpf_sk_release(listener.cast()) };
-    verdict
+    judged
 }
 
 #[inline(always)]
-fn hand_over(ctx: &TcContext, segment: &Segment, listener: *mut bpf_sock, way: Way) -> (Reason, u64) {
+fn hand_over(ctx: &TcContext, segment: &Segment, listener: *mut bpf_sock, way: Way) -> Judged {
     let tag = listener_tags().get(listener.cast());
+    if tag.is_null() {
+        // Not one of the listeners that the loader was given.
+        return Judged::new(Reason::NoListener);
+    }
     // SAFETY: into the listener's storage; the listener is held.
-    let netns_cookie = if tag.is_null() { 0 } else { unsafe { (*tag).netns_cookie } };
-    match way {
+    let netns_cookie = unsafe { (*tag).netns_cookie };
+    let reason = match way {
         Way::Assign => {
             // SAFETY: both pointers are the kernel's.
             let assigned = unsafe { bpf_sk_assign(ctx.as_ptr(), listener.cast(), 0) } == 0;
-            (if assigned { Reason::Assigned } else { Reason::AssignFailed }, netns_cookie)
+            if assigned { Reason::Assigned } else { Reason::AssignFailed }
         }
         Way::Note => {
             // A note is found by addresses alone, so it is made for the workload's own addresses only: no other
             // namespace of this node has them.
             // SAFETY: copied at once.
             let own = unsafe { WORKLOADS.get(netns_cookie) }.copied().is_some_and(|w| w.owns(&segment.dst));
-            let noted = own && note(segment, netns_cookie);
-            (if noted { Reason::TimeWaitSyn } else { Reason::NoteFailed }, netns_cookie)
+            if own && note(segment, netns_cookie) { Reason::TimeWaitSyn } else { Reason::NoteFailed }
         }
-    }
+    };
+    Judged { reason, netns_cookie, answerable: true }
 }
 
 /// Tells `sk_lookup`, which runs next for this segment, what to do with it.

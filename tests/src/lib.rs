@@ -1,3 +1,5 @@
 //! Real processes in real namespaces: what the tiers above unit tests share.
 
 pub mod bench;
+
+pub mod capture_bed;

@@ -1,0 +1,368 @@
+//! The bed of the capture suite: namespaces, cgroups and a BPF file system of its own for each test, removed at its end.
+//!
+//! A socket belongs to the cgroup and the namespace of the process that opened it, so a test needs no processes of its
+//! own in them: [`socket_in`] opens sockets anywhere, and the test uses them itself.
+#![allow(unsafe_code)]
+
+pub mod proxy;
+pub mod tcp;
+
+use std::fs;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use mesh_ebpf_common::outcome::{Hook, Reason};
+use mesh_node::capture::{Capture, CaptureConfig, EnrollRequest, Enrollment, TcMode, cleanup, in_netns, netns_cookie};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// How long a test waits for what must happen; only a failing test waits so long.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The workload's addresses.
+pub const POD_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// The workload's addresses.
+pub const POD_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
+/// The other end's addresses.
+pub const PEER_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The other end's addresses.
+pub const PEER_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A workload's namespace `pod`, a namespace `peer` at the other end of its link, and cgroups.
+pub struct Bed {
+    name: String,
+    /// `pods/app` (the application), `proxy`, `outside`.
+    cgroups: PathBuf,
+    run: PathBuf,
+    /// The workload.
+    pub pod: Netns,
+    /// Outside the mesh.
+    pub peer: Netns,
+}
+
+/// A network namespace of the test's.
+pub struct Netns {
+    name: String,
+    fd: OwnedFd,
+}
+
+impl Netns {
+    fn create(name: String) -> Self {
+        ip(&["netns", "add", &name]);
+        let fd = File::open(format!("/run/netns/{name}")).expect("open the new namespace").into();
+        ip(&["-n", &name, "link", "set", "lo", "up"]);
+        Self { name, fd }
+    }
+
+    /// Its descriptor.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Its cookie.
+    pub fn cookie(&self) -> u64 {
+        netns_cookie(self.fd()).expect("cookie")
+    }
+
+    /// Writes a sysctl below `/proc/sys/net`.
+    pub fn sysctl(&self, key: &str, value: &str) {
+        let path = Path::new("/proc/sys/net").join(key);
+        in_netns(self.fd(), || fs::write(&path, value))
+            .and_then(|written| written)
+            .unwrap_or_else(|e| panic!("write {value} to {}: {e}", path.display()));
+    }
+
+    /// Reads a sysctl below `/proc/sys/net`.
+    pub fn read_sysctl(&self, key: &str) -> String {
+        let path = Path::new("/proc/sys/net").join(key);
+        in_netns(self.fd(), || fs::read_to_string(path)).and_then(|read| read).expect("read sysctl").trim().to_owned()
+    }
+
+    /// Runs `ip` in it and returns what it printed.
+    pub fn ip(&self, arguments: &[&str]) -> String {
+        ip(&[&["-n", self.name.as_str()], arguments].concat())
+    }
+}
+
+/// Which cgroup a socket shall be of.
+#[derive(Clone, Copy, Debug)]
+pub enum Group {
+    /// A workload's.
+    App,
+    /// The proxy's.
+    Proxy,
+    /// Neither.
+    Outside,
+}
+
+impl Bed {
+    /// A bed for one test. Panics without the privileges for it: a test that cannot run has failed.
+    pub fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "the capture suite needs root: run it with sudo");
+        let name = format!("mt{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let cgroups = cgroup2_root().join(format!("mesh-test-{name}"));
+        for group in ["pods/app", "proxy", "outside"] {
+            fs::create_dir_all(cgroups.join(group)).expect("create a cgroup");
+        }
+        let run = PathBuf::from(format!("/run/mesh-test-{name}"));
+        fs::create_dir_all(run.join("bpf")).expect("create a directory for bpffs");
+        mount(Some("bpf"), &run.join("bpf"), Some("bpf"), MsFlags::empty(), None::<&str>).expect("mount bpffs");
+        let pod = Netns::create(format!("{name}-pod"));
+        let peer = Netns::create(format!("{name}-peer"));
+        pod.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", &peer.name]);
+        for (netns, v4, v6) in [(&pod, POD_V4, POD_V6), (&peer, PEER_V4, PEER_V6)] {
+            netns.ip(&["addr", "add", &format!("{v4}/24"), "dev", "eth0"]);
+            netns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"]);
+            netns.ip(&["link", "set", "eth0", "up"]);
+        }
+        pod.ip(&["route", "add", "default", "via", &PEER_V4.to_string()]);
+        pod.ip(&["-6", "route", "add", "default", "via", &PEER_V6.to_string()]);
+        Self { name, cgroups, run, pod, peer }
+    }
+
+    /// Where pins go.
+    pub fn bpffs(&self) -> PathBuf {
+        self.run.join("bpf")
+    }
+
+    /// The directory of a cgroup.
+    pub fn cgroup(&self, group: Group) -> PathBuf {
+        self.cgroups.join(match group {
+            Group::App => "pods/app",
+            Group::Proxy => "proxy",
+            Group::Outside => "outside",
+        })
+    }
+
+    /// The cgroup above all workloads.
+    pub fn pods_cgroup(&self) -> PathBuf {
+        self.cgroups.join("pods")
+    }
+
+    /// Configuration with this bed's paths.
+    pub fn config(&self) -> CaptureConfig {
+        CaptureConfig::new(self.bpffs(), self.pods_cgroup(), self.cgroup(Group::Proxy))
+    }
+
+    /// Loads the programs.
+    pub fn capture(&self) -> Capture {
+        Capture::open(&self.config()).unwrap_or_else(|e| panic!("{}", chain(&e)))
+    }
+
+    /// Loads the programs for clsact.
+    pub fn capture_by_clsact(&self) -> Capture {
+        let config = CaptureConfig { tc: TcMode::Clsact, ..self.config() };
+        Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)))
+    }
+
+    /// Enrols the workload with these listeners.
+    pub fn enroll(&self, capture: &Capture, listeners: &[BorrowedFd<'_>]) -> Enrollment {
+        capture.enroll(&self.request(listeners)).unwrap_or_else(|e| panic!("{}", chain(&e)))
+    }
+
+    /// What [`Bed::enroll`] asks for.
+    pub fn request<'a>(&'a self, listeners: &'a [BorrowedFd<'a>]) -> EnrollRequest<'a> {
+        EnrollRequest { uid: "test/pod", netns: self.pod.fd(), v4: Some(POD_V4), v6: Some(POD_V6), listeners }
+    }
+
+    /// A TCP socket in a namespace.
+    pub fn tcp(&self, netns: &Netns, group: Group, v6: bool) -> OwnedFd {
+        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+        self.socket(netns, group, (family, libc::SOCK_STREAM, 0))
+    }
+
+    /// Any socket in a namespace: family, type, protocol.
+    pub fn socket(&self, netns: &Netns, group: Group, kind: (i32, i32, i32)) -> OwnedFd {
+        socket_in(netns.fd(), &self.cgroup(group), kind).unwrap_or_else(|e| panic!("open a socket as {group:?}: {e}"))
+    }
+}
+
+impl Default for Bed {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        // Each step for itself: what a failed test left must go, too.
+        if let Err(error) = cleanup(&self.bpffs()) {
+            eprintln!("clean up {}: {}", self.name, chain(&error));
+        }
+        if let Err(error) = umount2(&self.bpffs(), MntFlags::MNT_DETACH) {
+            eprintln!("unmount {}: {error}", self.bpffs().display());
+        }
+        for netns in [&self.pod, &self.peer] {
+            if let Err(error) = Command::new("ip").args(["netns", "del", &netns.name]).status() {
+                eprintln!("delete namespace {}: {error}", netns.name);
+            }
+        }
+        let cgroups = ["pods/app", "pods", "proxy", "outside", ""].map(|group| self.cgroups.join(group));
+        for dir in cgroups.iter().chain([&self.run.join("bpf"), &self.run]) {
+            if let Err(error) = fs::remove_dir(dir) {
+                eprintln!("remove {}: {error}", dir.display());
+            }
+        }
+    }
+}
+
+/// How often a hook had an outcome.
+pub fn count(capture: &Capture, hook: Hook, reason: Reason) -> u64 {
+    let counters = capture.counters().expect("read the counters");
+    counters.iter().find(|c| c.hook == hook && c.reason == reason).map_or(0, |c| c.count)
+}
+
+/// Everything that was counted, for the message of a failing test.
+pub fn counts(capture: &Capture) -> String {
+    let rows = capture.counters().expect("read the counters");
+    rows.iter().map(|c| format!("{}/{}={}", c.hook.name(), c.reason.name(), c.count)).collect::<Vec<_>>().join(" ")
+}
+
+/// Waits until `condition` holds; panics with `what` if it does not.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// An error with its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// An IP address of the other end, of the family asked for.
+pub fn peer_ip(v6: bool) -> IpAddr {
+    if v6 { PEER_V6.into() } else { PEER_V4.into() }
+}
+
+/// An IP address of the workload, of the family asked for.
+pub fn pod_ip(v6: bool) -> IpAddr {
+    if v6 { POD_V6.into() } else { POD_V4.into() }
+}
+
+fn ip(arguments: &[&str]) -> String {
+    let output = Command::new("ip").args(arguments).output().expect("run ip (apt-get install iproute2)");
+    assert!(output.status.success(), "ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn cgroup2_root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("read /proc/self/mounts");
+    let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    PathBuf::from(line.and_then(|line| line.split(' ').nth(1)).expect("cgroup v2 is not mounted"))
+}
+
+/// Opens a socket as a process of a cgroup and a namespace would: a child joins both, opens it, and hands it over.
+pub fn socket_in(netns: BorrowedFd<'_>, cgroup: &Path, kind: (i32, i32, i32)) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    let procs = std::ffi::CString::new(cgroup.join("cgroup.procs").as_os_str().as_bytes())?;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the child makes only system calls on values prepared before, which is allowed after a fork of a process
+    // with threads, and ends by `_exit`.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe {
+            let done = open_and_send(&procs, netns.as_raw_fd(), kind, theirs.as_raw_fd());
+            libc::_exit(done);
+        }
+    }
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    drop(theirs);
+    let mut status = 0;
+    // SAFETY: the child is ours and not reaped yet.
+    if unsafe { libc::waitpid(child, &raw mut status, 0) } != child {
+        return Err(io::Error::last_os_error());
+    }
+    match libc::WEXITSTATUS(status) {
+        0 => receive_fd(ours.as_fd()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// The child's part: 0, or the error number.
+///
+/// # Safety
+/// Only system calls: no allocation, no lock.
+unsafe fn open_and_send(procs: &std::ffi::CStr, netns: i32, kind: (i32, i32, i32), to: i32) -> i32 {
+    // SAFETY: the pointers are to values that live through the calls.
+    unsafe {
+        let file = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 || libc::setns(netns, libc::CLONE_NEWNET) != 0 {
+            return *libc::__errno_location();
+        }
+        let socket = libc::socket(kind.0, kind.1 | libc::SOCK_CLOEXEC, kind.2);
+        if socket < 0 {
+            return *libc::__errno_location();
+        }
+        let mut byte = 0_u8;
+        let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let mut control = [0_u64; 4];
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(socket);
+        if libc::sendmsg(to, &raw const message, 0) != 1 { *libc::__errno_location() } else { 0 }
+    }
+}
+
+fn receive_fd(from: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut byte = [0_u8; 1];
+    let mut parts = [io::IoSliceMut::new(&mut byte)];
+    let mut space = nix::cmsg_space!(i32);
+    let message = recvmsg::<()>(
+        from.as_raw_fd(),
+        &mut parts,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
+    )?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control
+            && let Some(fd) = fds.first()
+        {
+            // SAFETY: the kernel has just installed this descriptor for us alone.
+            return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
+        }
+    }
+    Err(io::Error::other("the child sent no socket"))
+}
+
+/// Reads what a peer sends until a newline, at most for [`PATIENCE`].
+pub fn read_line(stream: &mut std::net::TcpStream) -> io::Result<String> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = Vec::new();
+    let mut byte = [0_u8; 1];
+    loop {
+        if stream.read(&mut byte)? == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed before a line came"));
+        }
+        if byte[0] == b'\n' {
+            return Ok(String::from_utf8_lossy(&line).into_owned());
+        }
+        line.push(byte[0]);
+    }
+}

@@ -1,0 +1,207 @@
+//! A proxy of thirty lines, and an application: each tells who called and where to, and then echoes.
+
+use std::io::{self, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+use mesh_node::capture::Capture;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{Bed, Group, Netns, tcp};
+
+/// How often a serving thread looks whether it shall end.
+const LOOK_MILLIS: u16 = 20;
+
+/// Listeners of the proxy in a namespace, not served yet.
+pub struct Listeners {
+    sockets: Vec<(SocketAddr, OwnedFd)>,
+}
+
+impl Listeners {
+    /// On all ports and both families.
+    pub fn open(bed: &Bed, netns: &Netns) -> Self {
+        let (v4, v6) = (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED);
+        let addresses = [
+            SocketAddr::from((Ipv4Addr::LOCALHOST, OUTBOUND_PORT)),
+            SocketAddr::from((Ipv6Addr::LOCALHOST, OUTBOUND_PORT)),
+            SocketAddr::from((v4, INBOUND_PORT)),
+            SocketAddr::from((v6, INBOUND_PORT)),
+            SocketAddr::from((v4, HBONE_PORT)),
+            SocketAddr::from((v6, HBONE_PORT)),
+        ];
+        let sockets = addresses.map(|address| {
+            let socket = bed.tcp(netns, Group::Proxy, address.is_ipv6());
+            tcp::listen(socket.as_fd(), address).unwrap_or_else(|e| panic!("listen on {address}: {e}"));
+            (address, socket)
+        });
+        Self { sockets: sockets.into() }
+    }
+
+    /// For enrolment.
+    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.sockets.iter().map(|(_, fd)| fd.as_fd()).collect()
+    }
+
+    /// Serves captured connections; each begins with a line that [`Proxy`] describes.
+    pub fn serve(self, capture: Arc<Capture>, cookie: u64) -> Proxy {
+        let without_destination = Arc::new(AtomicU64::new(0));
+        let refused = Arc::clone(&without_destination);
+        let server = Server::start(self.sockets, move |port, mut stream| {
+            let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+            let line = if port == OUTBOUND_PORT {
+                let Some(original) = capture.original_dst(cookie, peer).map_err(io::Error::other)? else {
+                    refused.fetch_add(1, Ordering::SeqCst);
+                    reset(&stream)?;
+                    return Ok(None);
+                };
+                format!("out {original}\n")
+            } else {
+                format!("in {port} {local} {peer}\n")
+            };
+            stream.write_all(line.as_bytes())?;
+            Ok(Some(stream))
+        });
+        Proxy { server, without_destination }
+    }
+}
+
+/// The proxy. It greets with `out DESTINATION` or `in LISTENER LOCAL PEER`, then echoes.
+pub struct Proxy {
+    server: Server,
+    without_destination: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    /// Connections that it accepted.
+    pub fn accepted(&self) -> u64 {
+        self.server.accepted()
+    }
+
+    /// Captured connections that had no note and were reset.
+    pub fn without_destination(&self) -> u64 {
+        self.without_destination.load(Ordering::SeqCst)
+    }
+
+    /// Duplicates of its listeners.
+    pub fn listeners(&self) -> Vec<OwnedFd> {
+        self.server.listeners.iter().map(|fd| fd.try_clone().expect("duplicate a listener")).collect()
+    }
+
+    /// Ends it: its listeners close.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+/// An application that greets with `app` and echoes.
+pub fn application(bed: &Bed, netns: &Netns, group: Group, addresses: &[SocketAddr]) -> Server {
+    let sockets = addresses.iter().map(|address| {
+        let socket = bed.tcp(netns, group, address.is_ipv6());
+        tcp::listen(socket.as_fd(), *address).unwrap_or_else(|e| panic!("listen on {address}: {e}"));
+        (*address, socket)
+    });
+    Server::start(sockets.collect(), |_, mut stream| {
+        stream.write_all(b"app\n")?;
+        Ok(Some(stream))
+    })
+}
+
+/// Closes with a reset.
+pub fn reset(stream: &TcpStream) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    Ok(nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger)?)
+}
+
+/// Accepts on some sockets and echoes, in one thread, until dropped.
+pub struct Server {
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicU64>,
+    listeners: Vec<Arc<OwnedFd>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(
+        sockets: Vec<(SocketAddr, OwnedFd)>,
+        mut greet: impl FnMut(u16, TcpStream) -> io::Result<Option<TcpStream>> + Send + 'static,
+    ) -> Self {
+        let sockets: Vec<(u16, Arc<OwnedFd>)> = sockets.into_iter().map(|(a, fd)| (a.port(), Arc::new(fd))).collect();
+        let listeners = sockets.iter().map(|(_, fd)| Arc::clone(fd)).collect();
+        let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopping, counting) = (Arc::clone(&stop), Arc::clone(&accepted));
+        let thread = thread::spawn(move || {
+            let mut streams: Vec<TcpStream> = Vec::new();
+            while !stopping.load(Ordering::SeqCst) {
+                let ready = wait(&sockets, &streams);
+                for (port, socket) in &sockets {
+                    while let Some(stream) = accept(socket) {
+                        counting.fetch_add(1, Ordering::SeqCst);
+                        // A client that is gone already is not this server's trouble.
+                        if let Ok(Some(stream)) = greet(*port, stream) {
+                            streams.push(stream);
+                        }
+                    }
+                }
+                if ready {
+                    streams.retain_mut(echo);
+                }
+            }
+        });
+        Self { stop, accepted, listeners, thread: Some(thread) }
+    }
+
+    /// Connections that it accepted.
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed; the test fails by what it waits for.
+            let _printed = thread.join();
+        }
+    }
+}
+
+fn wait(sockets: &[(u16, Arc<OwnedFd>)], streams: &[TcpStream]) -> bool {
+    let listening = sockets.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+    let talking = streams.iter().map(|stream| PollFd::new(stream.as_fd(), PollFlags::POLLIN));
+    let mut all: Vec<PollFd<'_>> = listening.chain(talking).collect();
+    poll(&mut all, PollTimeout::from(LOOK_MILLIS)).is_ok_and(|ready| ready > 0)
+}
+
+fn accept(socket: &OwnedFd) -> Option<TcpStream> {
+    use nix::sys::socket::{SockFlag, accept4};
+    tcp::set_nonblocking(socket.as_fd(), true).ok()?;
+    let fd = accept4(socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK).ok()?;
+    // SAFETY: the kernel has just returned this descriptor to us alone.
+    let stream = TcpStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    stream.set_write_timeout(Some(Duration::from_secs(1))).ok()?;
+    Some(stream)
+}
+
+/// False when the stream has ended.
+fn echo(stream: &mut TcpStream) -> bool {
+    use std::io::Read as _;
+    let mut buffer = [0_u8; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return false,
+            Ok(length) => {
+                if stream.write_all(&buffer[..length]).is_err() {
+                    return false;
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(_) => return false,
+        }
+    }
+}
