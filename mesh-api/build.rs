@@ -7,6 +7,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .bytes(".google.protobuf.Any")
         .bytes(".envoy.service.discovery.v3")
+        // Equal values must give equal bytes: versions are hashes of them.
+        .btree_map(".")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -99,9 +99,12 @@ pub enum Refusal {
     /// Ports of the proxy itself.
     #[error("port {0} belongs to the node proxy")]
     ReservedPort(u16),
-    /// A waypoint is required and none is ready.
+    /// A waypoint is required and none is ready; of which service (`namespace/hostname`) or workload (uid).
     #[error("waypoint of {0} is not ready")]
-    WaypointNotReady(crate::workload::ServiceName),
+    WaypointNotReady(Arc<str>),
+    /// The client's identity belongs to another trust domain.
+    #[error("trust domain {0} is not trusted here")]
+    ForeignTrustDomain(Arc<str>),
     /// The source is not (or no longer) enrolled.
     #[error("source workload is not enrolled")]
     SourceUnknown,

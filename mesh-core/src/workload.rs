@@ -177,6 +177,14 @@ pub struct Workload {
     pub services: BTreeMap<ServiceName, Vec<PortMapping>>,
 }
 
+impl WorkloadUid {
+    /// Whether it names a Kubernetes pod (`CLUSTER//Pod/NAMESPACE/NAME`).
+    pub fn is_pod(&self) -> bool {
+        let mut segments = self.0.split('/').skip(1);
+        segments.next() == Some("") && segments.next() == Some("Pod")
+    }
+}
+
 impl Workload {
     /// Namespace, which is part of the identity.
     pub fn namespace(&self) -> &Arc<str> {
