@@ -3,7 +3,10 @@
 //! Here: protobuf messages (xDS, certificates, enrolment), the JSON of the admin endpoint. Not here: decisions.
 
 pub mod admin;
+pub mod k8s;
 pub mod proto;
+pub mod wds;
+pub mod yaml;
 
 /// Type URL of workloads and services.
 pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";

@@ -1,2 +1,7 @@
-//! Skeleton.
-fn main() {}
+//! `mesh-controller`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mesh_controller::cli::main()
+}

@@ -1,0 +1,388 @@
+//! One delta stream, as a function of the client's requests and the catalogue.
+//!
+//! A type has at most one response in flight; what changes meanwhile is gathered into the next one. Removed policies are
+//! told only after the workloads that named them, because a workload that names a policy it does not have refuses
+//! everything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource, Status};
+use prost_types::Any;
+
+use super::catalogue::{Catalogue, Resource, ResourceType, TooFarBehind};
+
+/// Names that one client may subscribe to, a type.
+pub const MAX_SUBSCRIPTIONS: usize = 100_000;
+/// Characters of a rejection that are kept.
+const MAX_REASON_CHARS: usize = 500;
+/// Rejected resources that are kept for status, a type.
+const MAX_REJECTED: usize = 1_000;
+
+/// A client's stream.
+#[derive(Debug, Default)]
+pub struct Session {
+    types: BTreeMap<ResourceType, TypeSession>,
+    last_nonce: u64,
+}
+
+#[derive(Debug)]
+struct TypeSession {
+    subscription: Subscription,
+    /// The first response is sent even when it is empty: it tells the client that it is in sync.
+    answered: bool,
+    /// Wildcard: all changes up to this generation are sent.
+    sent_generation: u64,
+    /// What the client said that it has; until the first response.
+    initial: BTreeMap<String, String>,
+    /// Asked for by name since the last response: sent whether or not it changed.
+    asked: BTreeSet<Arc<str>>,
+    /// By name: what the client was sent, none where there is no such resource.
+    held: BTreeMap<Arc<str>, Option<Arc<str>>>,
+    /// Removals that wait for the other type.
+    waiting: BTreeSet<Arc<str>>,
+    in_flight: Option<InFlight>,
+    rejected: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+enum Subscription {
+    Wildcard,
+    Named(BTreeSet<Arc<str>>),
+}
+
+#[derive(Debug)]
+struct InFlight {
+    nonce: String,
+    names: Vec<Arc<str>>,
+}
+
+/// What a request was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// A new or changed subscription.
+    Subscribed(ResourceType),
+    /// The response is in force.
+    Ack(ResourceType),
+    /// Resources of the response were refused, with reasons; the others are in force.
+    Nack(ResourceType, BTreeMap<String, String>),
+    /// An answer to an older response; says nothing any more.
+    Stale(ResourceType),
+}
+
+/// Why a stream ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SessionError {
+    /// A type that is not served.
+    #[error("the type `{0}` is not served here")]
+    Type(String),
+    /// More names than [`MAX_SUBSCRIPTIONS`].
+    #[error("more than {MAX_SUBSCRIPTIONS} names are subscribed")]
+    TooManyNames,
+    /// See there.
+    #[error(transparent)]
+    TooFarBehind(#[from] TooFarBehind),
+}
+
+/// State of a stream for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sync {
+    /// Nothing was asked for or sent yet.
+    NotSent,
+    /// Something is in flight.
+    Stale,
+    /// All that was sent is acknowledged.
+    Synced,
+}
+
+impl Session {
+    /// Takes a request.
+    pub fn hear(&mut self, request: DeltaDiscoveryRequest) -> Result<Heard, SessionError> {
+        let Some(kind) = ResourceType::from_type_url(&request.type_url) else {
+            return Err(SessionError::Type(request.type_url.chars().take(200).collect()));
+        };
+        let is_new = !self.types.contains_key(&kind);
+        let session = self.types.entry(kind).or_insert_with(TypeSession::new);
+        let is_subscription = session.subscribe(&request, is_new)?;
+        if is_new {
+            session.initial = request.initial_resource_versions.into_iter().collect();
+        }
+        if request.response_nonce.is_empty() {
+            return Ok(Heard::Subscribed(kind));
+        }
+        let answers = session.in_flight.as_ref().is_some_and(|sent| sent.nonce == request.response_nonce);
+        let Some(sent) = session.in_flight.take_if(|_| answers) else {
+            return Ok(if is_subscription { Heard::Subscribed(kind) } else { Heard::Stale(kind) });
+        };
+        for name in &sent.names {
+            session.rejected.remove(&**name);
+        }
+        let Some(error) = request.error_detail else { return Ok(Heard::Ack(kind)) };
+        let refused = attribute(&sent.names, &error);
+        for (name, reason) in &refused {
+            if session.rejected.len() < MAX_REJECTED {
+                session.rejected.insert(name.clone(), reason.clone());
+            }
+        }
+        Ok(Heard::Nack(kind, refused))
+    }
+
+    /// The next response, if there is something to say and room to say it. Call it until it gives none.
+    pub fn next(&mut self, catalogue: &Catalogue) -> Result<Option<DeltaDiscoveryResponse>, SessionError> {
+        for kind in ResourceType::ALL {
+            let hold_removals =
+                kind == ResourceType::Authorization && self.is_behind(ResourceType::Address, catalogue)?;
+            let Some(session) = self.types.get_mut(&kind) else { continue };
+            if session.in_flight.is_some() {
+                continue;
+            }
+            let told = session.collect(kind, catalogue, hold_removals)?;
+            if session.answered && told.put.is_empty() && told.removed.is_empty() {
+                continue;
+            }
+            session.answered = true;
+            self.last_nonce += 1;
+            let nonce = self.last_nonce.to_string();
+            let names = told.put.iter().map(|(_, resource)| resource.name.clone()).collect();
+            session.in_flight = Some(InFlight { nonce: nonce.clone(), names });
+            return Ok(Some(told.into_response(kind, nonce, catalogue.generation())));
+        }
+        Ok(None)
+    }
+
+    /// For status.
+    pub fn sync(&self) -> Sync {
+        if self.types.values().all(|session| !session.answered) {
+            Sync::NotSent
+        } else if self.types.values().any(|session| session.in_flight.is_some() || !session.answered) {
+            Sync::Stale
+        } else {
+            Sync::Synced
+        }
+    }
+
+    /// Resources that the client refused and that did not change since, with reasons.
+    pub fn rejected(&self) -> BTreeMap<String, String> {
+        self.types.values().flat_map(|session| session.rejected.clone()).collect()
+    }
+
+    /// Whether a type that the client reads has changes that were not sent.
+    fn is_behind(&self, kind: ResourceType, catalogue: &Catalogue) -> Result<bool, TooFarBehind> {
+        let Some(session) = self.types.get(&kind) else { return Ok(false) };
+        match session.subscription {
+            Subscription::Wildcard if session.answered => {
+                Ok(catalogue.since(kind, session.sent_generation)?.next().is_some())
+            }
+            Subscription::Wildcard => Ok(true),
+            Subscription::Named(_) => Ok(session.in_flight.is_some()),
+        }
+    }
+}
+
+/// What a response will say.
+#[derive(Default)]
+struct Told {
+    /// With the name under which it was asked for, if that is not its own.
+    put: Vec<(Option<Arc<str>>, Arc<Resource>)>,
+    removed: Vec<Arc<str>>,
+}
+
+impl TypeSession {
+    fn new() -> Self {
+        Self {
+            subscription: Subscription::Named(BTreeSet::new()),
+            answered: false,
+            sent_generation: 0,
+            initial: BTreeMap::new(),
+            asked: BTreeSet::new(),
+            held: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            in_flight: None,
+            rejected: BTreeMap::new(),
+        }
+    }
+
+    /// Whether the request changed the subscription.
+    fn subscribe(&mut self, request: &DeltaDiscoveryRequest, is_new: bool) -> Result<bool, SessionError> {
+        let (add, drop) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
+        let is_star = |name: &String| name == "*";
+        let unsubscribes_star = drop.iter().any(is_star);
+        // No names in a type's first request mean all (xDS, "wildcard subscription").
+        let asks_for_all = (is_new && add.is_empty()) || add.iter().any(is_star);
+        if asks_for_all && !unsubscribes_star {
+            if !matches!(self.subscription, Subscription::Wildcard) {
+                self.subscription = Subscription::Wildcard;
+                self.answered = false;
+                // The first response compares with what the client has.
+                let held = std::mem::take(&mut self.held);
+                self.initial.extend(held.into_iter().filter_map(|(n, v)| Some((n.to_string(), v?.to_string()))));
+            }
+        } else if unsubscribes_star && matches!(self.subscription, Subscription::Wildcard) {
+            self.subscription = Subscription::Named(BTreeSet::new());
+        }
+        for name in add.iter().filter(|name| !is_star(name)) {
+            let name: Arc<str> = name.as_str().into();
+            if let Subscription::Named(names) = &mut self.subscription {
+                names.insert(name.clone());
+            }
+            self.asked.insert(name);
+        }
+        for name in drop {
+            self.asked.remove(name.as_str());
+            self.held.remove(name.as_str());
+            if let Subscription::Named(names) = &mut self.subscription {
+                names.remove(name.as_str());
+            }
+        }
+        let count = match &self.subscription {
+            Subscription::Wildcard => self.asked.len(),
+            Subscription::Named(names) => names.len().max(self.asked.len()),
+        };
+        if count > MAX_SUBSCRIPTIONS {
+            return Err(SessionError::TooManyNames);
+        }
+        Ok(!add.is_empty() || !drop.is_empty())
+    }
+
+    fn collect(
+        &mut self,
+        kind: ResourceType,
+        catalogue: &Catalogue,
+        hold_removals: bool,
+    ) -> Result<Told, SessionError> {
+        let mut told = Told::default();
+        match &self.subscription {
+            Subscription::Wildcard if !self.answered => self.collect_all(kind, catalogue, &mut told),
+            Subscription::Wildcard => {
+                for (name, resource) in catalogue.since(kind, self.sent_generation)? {
+                    match resource {
+                        Some(resource) => told.put.push((None, resource.clone())),
+                        None => told.removed.push(name.clone()),
+                    }
+                    self.waiting.remove(name);
+                }
+            }
+            Subscription::Named(_) => self.collect_named(kind, catalogue, &mut told),
+        }
+        self.sent_generation = catalogue.generation();
+        self.collect_asked(kind, catalogue, &mut told);
+        if hold_removals {
+            self.waiting.extend(told.removed.drain(..));
+        } else {
+            let waiting = std::mem::take(&mut self.waiting);
+            told.removed.extend(waiting.into_iter().filter(|name| catalogue.named(kind, name).is_none()));
+        }
+        Ok(told)
+    }
+
+    /// Everything, but for what the client has already.
+    fn collect_all(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
+        let initial = std::mem::take(&mut self.initial);
+        let is_known = |r: &&Arc<Resource>| initial.get(&*r.name).is_some_and(|version| **version == *r.version);
+        told.put.extend(catalogue.all(kind).filter(|r| !is_known(r)).map(|r| (None, r.clone())));
+        let gone = initial.into_keys().filter(|name| catalogue.named(kind, name).is_none());
+        told.removed.extend(gone.map(Arc::from));
+    }
+
+    /// What the subscribed names stand for now, compared with what was sent.
+    fn collect_named(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
+        let Subscription::Named(names) = &self.subscription else { return };
+        let initial = std::mem::take(&mut self.initial);
+        self.held.extend(initial.into_iter().map(|(name, version)| (Arc::from(name), Some(Arc::from(version)))));
+        let mut want: BTreeMap<Arc<str>, (&Arc<str>, &Arc<Resource>)> = BTreeMap::new();
+        for name in names {
+            for resource in catalogue.resolve(kind, name) {
+                want.entry(resource.name.clone()).or_insert((name, resource));
+            }
+        }
+        for (name, (asked_as, resource)) in &want {
+            if self.held.get(name) != Some(&Some(resource.version.clone())) {
+                told.put.push((alias(name, asked_as), (*resource).clone()));
+                self.held.insert(name.clone(), Some(resource.version.clone()));
+            }
+        }
+        let gone: Vec<_> = self
+            .held
+            .iter()
+            .filter(|(name, v)| v.is_some() && !want.contains_key(*name))
+            .map(|(n, _)| n.clone())
+            .collect();
+        for name in gone {
+            self.held.remove(&name);
+            told.removed.push(name);
+        }
+    }
+
+    /// A name that was asked for is answered, even when nothing changed or nothing is there.
+    fn collect_asked(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
+        for asked in std::mem::take(&mut self.asked) {
+            let mut found = false;
+            for resource in catalogue.resolve(kind, &asked) {
+                found = true;
+                if told.put.iter().all(|(_, put)| put.name != resource.name) {
+                    told.put.push((alias(&resource.name, &asked), resource.clone()));
+                }
+            }
+            if !found && !told.removed.contains(&asked) {
+                told.removed.push(asked);
+            }
+        }
+    }
+}
+
+fn alias(name: &Arc<str>, asked_as: &Arc<str>) -> Option<Arc<str>> {
+    (name != asked_as).then(|| asked_as.clone())
+}
+
+impl Told {
+    fn into_response(self, kind: ResourceType, nonce: String, generation: u64) -> DeltaDiscoveryResponse {
+        let wire = |(asked_as, resource): (Option<Arc<str>>, Arc<Resource>)| WireResource {
+            version: resource.version.to_string(),
+            resource: Some(Any { type_url: kind.type_url().to_owned(), value: resource.body.clone() }),
+            name: resource.name.to_string(),
+            aliases: {
+                let mut aliases: BTreeSet<String> = resource.aliases.iter().map(ToString::to_string).collect();
+                aliases.extend(asked_as.map(|name| name.to_string()));
+                aliases.into_iter().collect()
+            },
+            ttl: None,
+        };
+        DeltaDiscoveryResponse {
+            system_version_info: generation.to_string(),
+            resources: self.put.into_iter().map(wire).collect(),
+            type_url: kind.type_url().to_owned(),
+            nonce,
+            removed_resources: self.removed.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+/// Which resources of a response a NACK means. Node proxies write `NAME: REASON`, joined by `; `; a NACK that names
+/// none of them means all.
+fn attribute(names: &[Arc<str>], error: &Status) -> BTreeMap<String, String> {
+    let named = |name: &Arc<str>| {
+        let mut rest = error.message.as_str();
+        while let Some(at) = rest.find(&**name) {
+            let (before, after) = (&rest[..at], &rest[at + name.len()..]);
+            if let Some(reason) =
+                after.strip_prefix(": ").filter(|_| before.is_empty() || before.ends_with([' ', ';', '\n']))
+            {
+                return Some((name.to_string(), shorten(reason.split("; ").next().unwrap_or(reason))));
+            }
+            rest = after;
+        }
+        None
+    };
+    let attributed: BTreeMap<String, String> = names.iter().filter_map(named).collect();
+    if attributed.is_empty() {
+        return names.iter().map(|name| (name.to_string(), shorten(&error.message))).collect();
+    }
+    attributed
+}
+
+fn shorten(reason: &str) -> String {
+    reason.chars().take(MAX_REASON_CHARS).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,349 @@
+//! Puts the parts together and runs them. Only here are tasks spawned; each has a name and ends with the process.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use mesh_api::proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
+use mesh_api::proto::xds::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
+use mesh_core::config::{Compiler, Settings};
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::{JoinSet, spawn_blocking};
+use tonic::transport::Server;
+
+use crate::admin::{self, Listener};
+use crate::ads::nodes::Nodes;
+use crate::ads::service::{self as ads, Ads};
+use crate::ca::authority::{Authority, MAX_LEAF_TTL};
+use crate::ca::service::{self as ca, CertificateService, Config, IssueSettings};
+use crate::ca::store::SignerSource;
+use crate::control::Control;
+use crate::door::Door;
+use crate::metrics::Metrics;
+use crate::server::{ServerCertificate, incoming, tls_acceptor};
+use crate::source::Source;
+use crate::source::watch::Watch;
+use crate::state_dir::{PUBLIC_MODE, StateDir, StateLock, write_atomically};
+use crate::status::{MetricsPages, StatusPages};
+use crate::token::TokenKey;
+
+/// Names that every server certificate has.
+const SERVER_NAMES: [&str; 4] = ["istiod.istio-system.svc", "mesh-controller", "localhost", "127.0.0.1"];
+/// How often the signer's files are looked at.
+const SIGNER_POLL: Duration = Duration::from_secs(1);
+/// HTTP/2 PING on idle connections, and how long its answer may take: a dead node is gone after half a minute.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// See [`KEEPALIVE_INTERVAL`].
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Calls at once on one connection: the stream and a burst of certificate requests.
+const MAX_CALLS: u32 = 256;
+/// Bytes of a call's headers, decoded; a token has 300.
+const MAX_HEADER_BYTES: u32 = 32 << 10;
+/// Time for streams to end after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What `run` is told.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Configuration directories, the first has precedence.
+    pub config_dirs: Vec<PathBuf>,
+    /// State directory.
+    pub state_dir: PathBuf,
+    /// gRPC port.
+    pub listen: SocketAddr,
+    /// Admin socket.
+    pub admin_socket: PathBuf,
+    /// Metrics port.
+    pub monitoring: Option<SocketAddr>,
+    /// Of the compiler.
+    pub settings: Settings,
+    /// Life of workload certificates.
+    pub leaf_ttl: Duration,
+    /// Plugged signer.
+    pub cacerts: Option<PathBuf>,
+    /// Further names of the server.
+    pub server_names: Vec<String>,
+}
+
+/// A controller that serves.
+#[derive(Debug)]
+pub struct Running {
+    /// Address of the gRPC port, with its real port.
+    pub address: SocketAddr,
+    shutdown: watch::Sender<bool>,
+    tasks: JoinSet<&'static str>,
+    admin_socket: PathBuf,
+    _lock: StateLock,
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    // Before anything that takes time, so that a signal at start ends the process in order, too.
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut running = start(options).await?;
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = running.tasks.join_next() => ended,
+    };
+    if let Some(ended) = ended {
+        let name = ended.context("a task panicked")?;
+        anyhow::bail!("the task `{name}` ended by itself");
+    }
+    tracing::info!("shutting down");
+    running.stop().await;
+    Ok(())
+}
+
+/// Starts all parts. When it returns, the first configuration is published and the port is open.
+pub async fn start(options: Options) -> anyhow::Result<Running> {
+    let leaf_ttl = time::Duration::try_from(options.leaf_ttl).ok().filter(|ttl| *ttl <= MAX_LEAF_TTL);
+    let leaf_ttl = leaf_ttl.context("--leaf-ttl is longer than 90d")?;
+    let dir = StateDir::open(&options.state_dir)?;
+    let lock = dir.lock()?;
+    let metrics = Arc::new(Metrics::default());
+    let door = Arc::new(Door::new(TokenKey::open(&dir)?, metrics.clone()));
+    let mut signer = Signer::open(&options, dir, leaf_ttl)?;
+    let (authority, certificate) = (signer.authority.clone(), signer.certificate.clone());
+
+    let listener = TcpListener::bind(options.listen).await;
+    let listener = listener.with_context(|| format!("listen on {} (--listen)", options.listen))?;
+    let address = listener.local_addr().context("read the listener's address")?;
+    let admin_listener = admin::listen_unix(&options.admin_socket);
+    let admin_listener =
+        admin_listener.with_context(|| format!("listen on {} (--admin-socket)", options.admin_socket.display()))?;
+
+    let source = Source::directories(options.config_dirs.clone());
+    let mut control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
+    let watch = Watch::new(&options.config_dirs);
+    let nodes = Arc::new(Nodes::default());
+    let ready = Arc::new(AtomicBool::new(false));
+    let shutdown = watch::Sender::new(false);
+    let pages = StatusPages {
+        trust_domain: options.settings.trust_domain.to_string(),
+        sources: control.sources(),
+        catalogue: control.catalogue(),
+        nodes: nodes.clone(),
+        problems: control.problems(),
+        authority: authority.clone(),
+        ready: ready.clone(),
+    };
+    let shared = ads::Shared {
+        door: door.clone(),
+        catalogue: control.catalogue(),
+        generation: control.generation(),
+        shutdown: shutdown.subscribe(),
+        nodes,
+        metrics: metrics.clone(),
+    };
+    let config = Config { compiler: control.compiler(), steps: control.steps() };
+    let issue = IssueSettings { trust_domain: options.settings.trust_domain.to_string(), leaf_ttl };
+    let certificates = CertificateService::new(door, authority, config, metrics.clone(), issue);
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        admin::serve(admin_listener, Arc::new(pages)).await;
+        "admin"
+    });
+    if let Some(address) = options.monitoring {
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("listen on {address} (--monitoring)"))?;
+        let pages = Arc::new(MetricsPages(metrics.clone()));
+        tasks.spawn(async move {
+            admin::serve(Listener::Tcp(listener), pages).await;
+            "monitoring"
+        });
+    }
+    control = spawn_blocking(move || {
+        control.step();
+        control
+    })
+    .await
+    .context("read the configuration")?;
+    let connections = incoming(listener, tls_acceptor(certificate)?, metrics);
+    let mut down = shutdown.subscribe();
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(MAX_CALLS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .add_service(
+            AggregatedDiscoveryServiceServer::new(Ads::new(Arc::new(shared)))
+                .max_decoding_message_size(ads::MAX_REQUEST_BYTES),
+        )
+        .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(ca::MAX_REQUEST_BYTES))
+        .serve_with_incoming_shutdown(connections, async move {
+            let _ = down.wait_for(|down| *down).await;
+        });
+    tasks.spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "gRPC server");
+        }
+        GRPC_TASK
+    });
+    tasks.spawn(async move {
+        configure(control, watch).await;
+        "configuration"
+    });
+    tasks.spawn(async move {
+        signer.keep().await;
+        "signer"
+    });
+    ready.store(true, Ordering::Release);
+    tracing::info!(%address, admin = %options.admin_socket.display(), "ready");
+    Ok(Running { address, shutdown, tasks, admin_socket: options.admin_socket, _lock: lock })
+}
+
+/// The only task that ends in order.
+const GRPC_TASK: &str = "grpc";
+
+async fn configure(mut control: Control, mut watch: Watch) {
+    loop {
+        watch.changed().await;
+        let stepped = spawn_blocking(move || {
+            control.step();
+            control
+        });
+        control = match stepped.await {
+            Ok(control) => control,
+            Err(error) => {
+                tracing::error!(%error, "reading the configuration failed");
+                return;
+            }
+        };
+    }
+}
+
+impl Running {
+    /// Ends streams (GOAWAY) and tasks.
+    pub async fn stop(mut self) {
+        let _ = self.shutdown.send(true);
+        let drained = tokio::time::timeout(DRAIN, async {
+            while let Some(ended) = self.tasks.join_next().await {
+                if matches!(ended, Ok(GRPC_TASK)) {
+                    break;
+                }
+            }
+        });
+        if drained.await.is_err() {
+            tracing::warn!("streams did not end within {} s", DRAIN.as_secs());
+        }
+        self.tasks.shutdown().await;
+        let _ = std::fs::remove_file(&self.admin_socket);
+    }
+}
+
+/// The signer's files, kept in force, and the server's own certificate.
+struct Signer {
+    source: SignerSource,
+    dir: StateDir,
+    trust_domain: String,
+    names: Vec<String>,
+    ttl: time::Duration,
+    authority: Arc<ArcSwap<Authority>>,
+    certificate: Arc<ServerCertificate>,
+    renew_at: OffsetDateTime,
+    /// What the files held when they were last looked at; none when they could not be read.
+    seen: Option<crate::ca::authority::SignerPem>,
+}
+
+impl Signer {
+    fn open(options: &Options, dir: StateDir, ttl: time::Duration) -> anyhow::Result<Self> {
+        let source = match &options.cacerts {
+            Some(plugged) => SignerSource::Plugged(plugged.clone()),
+            None => SignerSource::Own(dir.ca()),
+        };
+        let trust_domain = options.settings.trust_domain.to_string();
+        let now = OffsetDateTime::now_utc();
+        let authority = source.load(&trust_domain, now, &mut rand::rng())?;
+        let mut names: Vec<String> = SERVER_NAMES.map(str::to_owned).into();
+        names.push("::1".into());
+        if !options.listen.ip().is_unspecified() {
+            names.push(options.listen.ip().to_string());
+        }
+        names.extend(options.server_names.iter().cloned());
+        names.sort();
+        names.dedup();
+        let mut signer = Self {
+            seen: source.read().ok(),
+            source,
+            dir,
+            trust_domain,
+            names,
+            ttl,
+            authority: Arc::new(ArcSwap::from_pointee(authority)),
+            certificate: Arc::default(),
+            renew_at: now,
+        };
+        signer.publish_roots()?;
+        signer.renew(now).context("issue the server's own certificate")?;
+        Ok(signer)
+    }
+
+    /// Takes up new files and renews the server's certificate, for ever.
+    async fn keep(&mut self) {
+        let mut failed = false;
+        loop {
+            tokio::time::sleep(SIGNER_POLL).await;
+            let now = OffsetDateTime::now_utc();
+            let changed = self.reload(now);
+            if !changed && now < self.renew_at {
+                continue;
+            }
+            match self.renew(now) {
+                Ok(()) => failed = false,
+                Err(error) if !failed => {
+                    tracing::error!("the server's certificate cannot be renewed: {error:#}");
+                    failed = true;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Whether there is another signer now. Files that do not make one are reported once and left alone.
+    fn reload(&mut self, now: OffsetDateTime) -> bool {
+        let found = self.source.read().ok();
+        if found == self.seen {
+            return false;
+        }
+        self.seen = found;
+        match self.source.load(&self.trust_domain, now, &mut rand::rng()) {
+            Ok(authority) => {
+                tracing::info!(roots = authority.roots().len(), not_after = %authority.not_after(), "signer replaced");
+                self.authority.store(Arc::new(authority));
+                if let Err(error) = self.publish_roots() {
+                    tracing::error!("{error:#}");
+                }
+                true
+            }
+            Err(error) => {
+                tracing::error!("the signer's files changed and cannot be used, the last ones stay in force: {error}");
+                false
+            }
+        }
+    }
+
+    fn publish_roots(&self) -> anyhow::Result<()> {
+        let bundle = self.authority.load().bundle_pem();
+        write_atomically(&self.dir.root_cert(), bundle.as_bytes(), PUBLIC_MODE)?;
+        Ok(())
+    }
+
+    fn renew(&mut self, now: OffsetDateTime) -> anyhow::Result<()> {
+        let authority = self.authority.load();
+        let (issued, key) = authority.issue_server(&self.names, self.ttl, now, &mut rand::rng())?;
+        let not_after = issued.not_after;
+        self.certificate.replace(issued, &key)?;
+        self.renew_at = now + (not_after - now) / 2;
+        Ok(())
+    }
+}

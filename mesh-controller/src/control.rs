@@ -1,0 +1,136 @@
+//! The configuration loop's one step: read, compile, publish.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, RwLock};
+
+use arc_swap::ArcSwap;
+use mesh_api::admin::Problem;
+use mesh_core::config::{Compiler, Delta};
+use tokio::sync::watch;
+
+use crate::ads::catalogue::{Catalogue, ResourceType};
+use crate::metrics::{Metrics, TypeLabel};
+use crate::problem;
+use crate::publish::updates;
+use crate::source::{Batch, Source};
+
+/// Everything between a source and the streams.
+#[derive(Debug)]
+pub struct Control {
+    source: Source,
+    compiler: Arc<tokio::sync::RwLock<Compiler>>,
+    catalogue: Arc<RwLock<Catalogue>>,
+    generation: watch::Sender<u64>,
+    steps: watch::Sender<u64>,
+    problems: Arc<ArcSwap<Vec<Problem>>>,
+    /// Of the last compilation; in force until the next.
+    compiler_problems: Vec<Problem>,
+    started: bool,
+    metrics: Arc<Metrics>,
+}
+
+impl Control {
+    /// A loop that nothing has gone through yet.
+    pub fn new(source: Source, compiler: Compiler, metrics: Arc<Metrics>) -> Self {
+        Self {
+            source,
+            compiler: Arc::new(tokio::sync::RwLock::new(compiler)),
+            catalogue: Arc::default(),
+            generation: watch::Sender::new(0),
+            steps: watch::Sender::new(0),
+            problems: Arc::default(),
+            compiler_problems: Vec::new(),
+            started: false,
+            metrics,
+        }
+    }
+
+    /// Knows which pods run where.
+    pub fn compiler(&self) -> Arc<tokio::sync::RwLock<Compiler>> {
+        self.compiler.clone()
+    }
+
+    /// What is published.
+    pub fn catalogue(&self) -> Arc<RwLock<Catalogue>> {
+        self.catalogue.clone()
+    }
+
+    /// Generation of the catalogue.
+    pub fn generation(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
+    }
+
+    /// Counts finished steps that changed inputs.
+    pub fn steps(&self) -> watch::Receiver<u64> {
+        self.steps.subscribe()
+    }
+
+    /// What is wrong now.
+    pub fn problems(&self) -> Arc<ArcSwap<Vec<Problem>>> {
+        self.problems.clone()
+    }
+
+    /// Paths of the source.
+    pub fn sources(&self) -> Vec<String> {
+        self.source.describe()
+    }
+
+    /// Reads the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.
+    pub fn step(&mut self) {
+        let batch = self.source.poll();
+        let has_deltas = !batch.deltas.is_empty();
+        if has_deltas || !self.started {
+            self.started = true;
+            self.compile(&batch.deltas);
+        }
+        self.report(batch);
+        if has_deltas {
+            self.steps.send_modify(|count| *count += 1);
+        }
+    }
+
+    fn compile(&mut self, deltas: &[Delta]) {
+        let compiled = self.compiler.blocking_write().compile(deltas);
+        self.compiler_problems = compiled.problems.iter().map(problem::of_compiler).collect();
+        let updates = updates(&compiled.changes);
+        let (changed, generation, counts) = {
+            // A poisoned catalogue is still a whole one: each change is applied before the next begins.
+            let mut catalogue = self.catalogue.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let changed = catalogue.apply(updates);
+            (changed, catalogue.generation(), ResourceType::ALL.map(|kind| (kind, catalogue.len(kind))))
+        };
+        for (kind, count) in counts {
+            let label = match kind {
+                ResourceType::Authorization => "Authorization",
+                ResourceType::Address => "Address",
+            };
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.metrics.resources.get_or_create(&TypeLabel { r#type: label }).set(count);
+        }
+        tracing::info!(objects = deltas.len(), resources = changed, generation, "configuration published");
+        self.generation.send_if_modified(|current| std::mem::replace(current, generation) != generation);
+    }
+
+    /// Puts the problems into status, and logs those that are new or gone.
+    fn report(&mut self, batch: Batch) {
+        let mut all = batch.problems;
+        all.extend(self.compiler_problems.iter().cloned());
+        all.sort();
+        all.dedup();
+        let before = self.problems.load_full();
+        let (old, new): (BTreeSet<_>, BTreeSet<_>) = (before.iter().collect(), all.iter().collect());
+        for found in new.difference(&old) {
+            if found.severity == problem::ERROR {
+                tracing::error!("{}", problem::line(found));
+            } else {
+                tracing::warn!("{}", problem::line(found));
+            }
+        }
+        for gone in old.difference(&new) {
+            tracing::info!(code = gone.code, object = gone.object, file = gone.file, "problem is gone");
+        }
+        let errors = all.iter().filter(|p| p.severity == problem::ERROR).count();
+        self.metrics.config_errors.set(i64::try_from(errors).unwrap_or(i64::MAX));
+        self.problems.store(Arc::new(all));
+    }
+}

@@ -1,0 +1,52 @@
+//! Where configuration comes from.
+//!
+//! A source gives batches; a batch is what it found to be true at one moment, told as deltas against the batch before.
+//! The set of sources is closed: directories of files now, the Kubernetes API next.
+
+pub mod directory;
+mod scan;
+pub mod watch;
+
+use std::path::PathBuf;
+
+use mesh_api::admin::Problem;
+use mesh_core::config::Delta;
+
+use directory::Directories;
+
+/// A place that configuration comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// `--config-dir`, all of them together.
+    Directories(Directories),
+}
+
+/// What changed since the last batch, and everything that is wrong now.
+#[derive(Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Removals first: an address may go from one object to another in one batch.
+    pub deltas: Vec<Delta>,
+    /// Sorted; what the reader found, not the compiler.
+    pub problems: Vec<Problem>,
+}
+
+impl Source {
+    /// A source that reads directories.
+    pub fn directories(dirs: Vec<PathBuf>) -> Self {
+        Self::Directories(Directories::new(dirs))
+    }
+
+    /// Reads everything and says what changed. Blocks on files.
+    pub fn poll(&mut self) -> Batch {
+        match self {
+            Self::Directories(directories) => directories.poll(),
+        }
+    }
+
+    /// For status.
+    pub fn describe(&self) -> Vec<String> {
+        match self {
+            Self::Directories(directories) => directories.dirs().iter().map(|dir| dir.display().to_string()).collect(),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What the admin socket and the metrics port answer.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use mesh_api::admin::{ControllerStatus, Problem};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::admin::{Answer, Pages};
+use crate::ads::catalogue::{Catalogue, ResourceType};
+use crate::ads::nodes::Nodes;
+use crate::ca::authority::Authority;
+use crate::metrics::Metrics;
+
+/// Version of this build.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What status is made of.
+#[derive(Debug)]
+pub struct StatusPages {
+    /// Trust domain.
+    pub trust_domain: String,
+    /// Configuration sources.
+    pub sources: Vec<String>,
+    /// Published resources.
+    pub catalogue: Arc<RwLock<Catalogue>>,
+    /// Connected nodes.
+    pub nodes: Arc<Nodes>,
+    /// What is wrong with the configuration.
+    pub problems: Arc<ArcSwap<Vec<Problem>>>,
+    /// The CA.
+    pub authority: Arc<ArcSwap<Authority>>,
+    /// Whether the first configuration is published and the port is open.
+    pub ready: Arc<AtomicBool>,
+}
+
+impl StatusPages {
+    fn status(&self) -> ControllerStatus {
+        let resources = self.catalogue.read().map_or_else(
+            |_| Default::default(),
+            |catalogue| ResourceType::ALL.iter().map(|t| (t.type_url().to_owned(), catalogue.len(*t) as u64)).collect(),
+        );
+        ControllerStatus {
+            version: VERSION.into(),
+            trust_domain: self.trust_domain.clone(),
+            sources: self.sources.clone(),
+            resources,
+            nodes: self.nodes.rows(Instant::now()),
+            problems: self.problems.load().to_vec(),
+            roots: self.authority.load().roots().iter().map(|root| fingerprint(root)).collect(),
+        }
+    }
+
+    /// Names and versions of everything published.
+    fn resources(&self) -> Value {
+        let Ok(catalogue) = self.catalogue.read() else { return Value::Null };
+        let versions = |kind| catalogue.all(kind).map(|r| (r.name.to_string(), json!(*r.version))).collect();
+        let by_type = ResourceType::ALL.iter().map(|t| (t.type_url().to_owned(), Value::Object(versions(*t))));
+        Value::Object(by_type.collect())
+    }
+}
+
+impl Pages for StatusPages {
+    async fn get(&self, path: &str) -> Answer {
+        match path {
+            "/ready" if self.ready.load(Ordering::Acquire) => Answer::Text("ready\n".into()),
+            "/ready" => Answer::Unavailable("the first configuration is not published yet".into()),
+            "/status" => as_json(&self.status()),
+            "/problems" => as_json(&**self.problems.load()),
+            "/version" => as_json(&json!({ "component": "mesh-controller", "version": VERSION })),
+            "/config_dump" => as_json(&json!({ "status": self.status(), "resources": self.resources() })),
+            _ => Answer::NotFound("/ready /status /problems /version /config_dump"),
+        }
+    }
+}
+
+/// Prometheus' page.
+#[derive(Debug)]
+pub struct MetricsPages(pub Arc<Metrics>);
+
+impl Pages for MetricsPages {
+    async fn get(&self, path: &str) -> Answer {
+        match path {
+            "/metrics" | "/stats/prometheus" => Answer::Text(self.0.text()),
+            _ => Answer::NotFound("/metrics"),
+        }
+    }
+}
+
+fn as_json(value: &impl Serialize) -> Answer {
+    serde_json::to_string(value).map_or_else(|e| Answer::Unavailable(e.to_string()), Answer::Json)
+}
+
+/// SHA-256 of a certificate, hexadecimal.
+fn fingerprint(der: &[u8]) -> String {
+    Sha256::digest(der).iter().map(|byte| format!("{byte:02x}")).collect()
+}
