@@ -141,6 +141,7 @@ pub const COUNTERS: usize = Hook::ALL.len() * REASONS;
 
 /// Where a hook counts a reason.
 #[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "there are a few dozen reasons")]
 pub const fn counter_index(hook: Hook, reason: Reason) -> u32 {
     hook as u32 * REASONS as u32 + reason as u32
 }

@@ -3,4 +3,17 @@
 //! Here: capture, tunnel, L4 authorization of connections, certificates, enrolment. Never here: what is decided
 //! (`mesh_core`), HTTP routing.
 
+pub mod access_log;
 pub mod capture;
+pub mod connections;
+pub mod dial;
+pub mod hbone;
+pub mod identity;
+pub mod limits;
+pub mod metrics;
+pub mod relay;
+pub mod runtime;
+pub mod seqpacket;
+pub mod supervisor;
+pub mod tls;
+pub mod wire;

@@ -85,11 +85,7 @@ impl View {
     }
 
     /// The same with other certificates and roots.
-    pub fn with_certs(
-        &self,
-        certs: BTreeMap<SpiffeId, Arc<CertifiedIdentity>>,
-        roots: Arc<RootStore>,
-    ) -> Self {
+    pub fn with_certs(&self, certs: BTreeMap<SpiffeId, Arc<CertifiedIdentity>>, roots: Arc<RootStore>) -> Self {
         Self::new(Arc::clone(&self.snapshot), self.enrolled.clone(), certs, roots, self.synced)
     }
 

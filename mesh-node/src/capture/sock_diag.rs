@@ -6,6 +6,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use mesh_ebpf_common::abi::Addr;
 
+/// `IPPROTO_TCP` as the one byte that the netlink message has for it.
+const IPPROTO_TCP: u8 = 6;
+
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const HEADER_BYTES: usize = 16;
@@ -124,7 +127,7 @@ impl SockDiag {
 /// `struct inet_diag_req_v2`
 fn request(family: u8, states: u32, id: &[u8; 48]) -> Vec<u8> {
     let mut body = Vec::with_capacity(REQUEST_BYTES);
-    body.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
+    body.extend([family, IPPROTO_TCP, 0, 0]);
     body.extend(states.to_ne_bytes());
     body.extend(id);
     body

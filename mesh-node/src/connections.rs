@@ -1,0 +1,468 @@
+//! Live connections of one worker: what they are, how many bytes they carried, and how to end them.
+//!
+//! A connection is registered before it is judged, so that a change between judgement and registration cannot be
+//! missed: whoever swaps the view afterwards finds the connection here and judges it again. Dropping a [`Registered`]
+//! writes the one record of the connection's end.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::Context;
+use std::time::Instant;
+
+use futures_util::task::AtomicWaker;
+use mesh_api::admin::ConnectionRow;
+use mesh_core::authorize::authorize;
+use mesh_core::flow::{InboundFlow, Refusal, Verdict};
+use mesh_core::identity::SpiffeId;
+use mesh_core::service::Service;
+use mesh_core::workload::{Workload, WorkloadUid};
+
+use crate::access_log::{AccessLog, Record};
+use crate::metrics::{Labels, Metrics, Party, Reporter, ResponseFlags, Series, count};
+use crate::runtime::{Enrolled, View};
+
+/// Who started it, seen from the enrolled workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Somebody connects to the workload.
+    Inbound,
+    /// The workload connects.
+    Outbound,
+}
+
+/// How it is carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// In a tunnel.
+    Hbone,
+    /// Between two workloads of this node, authorized by both identities.
+    Local,
+    /// Plain TCP.
+    Tcp,
+}
+
+impl Carrier {
+    /// As the admin interface shows it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Hbone => "HBONE",
+            Self::Local => "LOCAL",
+            Self::Tcp => "TCP",
+        }
+    }
+}
+
+/// Why a live connection is ended from outside.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CloseReason {
+    /// A change of configuration took back the permission.
+    #[error("closed after a policy change: {0}")]
+    Denied(Refusal),
+    /// The identity that carried it is no longer this node's.
+    #[error("closed: certificate of {0} was withdrawn")]
+    IdentityWithdrawn(SpiffeId),
+    /// The workload left this node.
+    #[error("closed: workload stopped")]
+    WorkloadStopped,
+    /// The drain period is over.
+    #[error("closed: drain deadline passed")]
+    Drained,
+}
+
+impl CloseReason {
+    fn flags(&self) -> ResponseFlags {
+        match self {
+            Self::Denied(_) => ResponseFlags::Deny,
+            Self::IdentityWithdrawn(_) => ResponseFlags::CertRevoked,
+            Self::WorkloadStopped | Self::Drained => ResponseFlags::None,
+        }
+    }
+}
+
+/// What is known about a connection when it is registered.
+#[derive(Debug)]
+pub struct Description {
+    /// Who started it.
+    pub direction: Direction,
+    /// How it is carried.
+    pub carrier: Carrier,
+    /// In whose namespace it was accepted.
+    pub enrolled: Arc<Enrolled>,
+    /// The destination's enrolment too, for a local one.
+    pub local_destination: Option<Arc<Enrolled>>,
+    /// Address of the end that started it.
+    pub source_addr: SocketAddr,
+    /// Address that the application is reached at.
+    pub destination_addr: SocketAddr,
+    /// Outbound: what the application asked for.
+    pub target: Option<SocketAddr>,
+    /// The tunnel's far end.
+    pub hbone_addr: Option<SocketAddr>,
+    /// Source workload.
+    pub source: Option<Arc<Workload>>,
+    /// Destination workload.
+    pub destination: Option<Arc<Workload>>,
+    /// Service addressed.
+    pub service: Option<Arc<Service>>,
+    /// Verified identities, client's and server's.
+    pub identities: Option<(SpiffeId, SpiffeId)>,
+    /// What to judge again on a change.
+    pub judged: Option<InboundFlow>,
+}
+
+impl Description {
+    fn party_labels(&self, reporter: Reporter, flags: ResponseFlags, cluster: &Arc<str>) -> Labels {
+        let (client, server) = self.identities.as_ref().map(|(c, s)| (c, s)).unzip();
+        Labels {
+            reporter,
+            source: Party::new(self.source.as_deref(), client, cluster),
+            destination: Party::new(self.destination.as_deref(), server, cluster),
+            service: Labels::service_of(self.service.as_deref()),
+            flags,
+            mutual_tls: self.identities.is_some(),
+        }
+    }
+
+    fn reporters(&self) -> &'static [Reporter] {
+        match (self.direction, self.carrier) {
+            (Direction::Outbound, Carrier::Local) => &[Reporter::Source, Reporter::Destination],
+            (Direction::Outbound, Carrier::Hbone | Carrier::Tcp) => &[Reporter::Source],
+            (Direction::Inbound, _) => &[Reporter::Destination],
+        }
+    }
+
+    /// Identities by which this node takes part.
+    fn own_identities(&self) -> impl Iterator<Item = &SpiffeId> {
+        let (client, server) = self.identities.as_ref().map(|(c, s)| (c, s)).unzip();
+        let (source, destination) = match (self.direction, self.carrier) {
+            (_, Carrier::Local) => (client, server),
+            (Direction::Outbound, _) => (client, None),
+            (Direction::Inbound, _) => (None, server),
+        };
+        source.into_iter().chain(destination)
+    }
+}
+
+/// A live connection.
+#[derive(Debug)]
+pub struct Live {
+    /// What it is.
+    pub description: Description,
+    opened: Instant,
+    /// Client to server, and back. Only the connection's own task adds.
+    bytes: [AtomicU64; 2],
+    flushed: [AtomicU64; 2],
+    series: OnceLock<Box<[Arc<Series>]>>,
+    closing: OnceLock<CloseReason>,
+    waker: AtomicWaker,
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// From the end that started the connection.
+    ToServer = 0,
+    /// Back to it.
+    ToClient = 1,
+}
+
+impl Live {
+    /// Counts carried bytes. One writer, hence no read-modify-write.
+    pub fn carried(&self, way: Way, bytes: usize) {
+        let counter = &self.bytes[way as usize];
+        counter.store(counter.load(Ordering::Relaxed) + bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Why this connection must end, if it must; otherwise the task is woken when it must.
+    pub fn closing(&self, cx: &mut Context<'_>) -> Option<&CloseReason> {
+        if let Some(reason) = self.closing.get() {
+            return Some(reason);
+        }
+        self.waker.register(cx.waker());
+        self.closing.get()
+    }
+
+    /// Why this connection must end, if it must.
+    pub fn must_close(&self) -> Option<&CloseReason> {
+        self.closing.get()
+    }
+
+    /// Ends it; the first reason stays.
+    pub fn close(&self, reason: CloseReason) -> bool {
+        let first = self.closing.set(reason).is_ok();
+        self.waker.wake();
+        first
+    }
+
+    /// Bytes to the server and to the client.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.bytes[0].load(Ordering::Relaxed), self.bytes[1].load(Ordering::Relaxed))
+    }
+
+    fn flush_bytes(&self) {
+        let Some(series) = self.series.get() else { return };
+        let delta = |way: usize| {
+            let now = self.bytes[way].load(Ordering::Relaxed);
+            now.saturating_sub(self.flushed[way].fetch_max(now, Ordering::Relaxed))
+        };
+        let (received, sent) = (delta(0), delta(1));
+        for one in series {
+            one.received.fetch_add(received, Ordering::Relaxed);
+            one.sent.fetch_add(sent, Ordering::Relaxed);
+        }
+    }
+
+    fn concerns(&self, uid: &WorkloadUid) -> bool {
+        let d = &self.description;
+        d.enrolled.uid == *uid || d.local_destination.as_ref().is_some_and(|e| e.uid == *uid)
+    }
+
+    /// Judges it by `view`.
+    fn verdict(&self, view: &View) -> Option<CloseReason> {
+        let d = &self.description;
+        if let Some(lost) = d.own_identities().find(|id| !view.certs.contains_key(*id)) {
+            return Some(CloseReason::IdentityWithdrawn(lost.clone()));
+        }
+        let flow = d.judged.as_ref()?;
+        match judge(view, d.destination.as_deref(), flow) {
+            Verdict::Allow(_) => None,
+            Verdict::Deny(refusal) => Some(CloseReason::Denied(refusal)),
+        }
+    }
+
+    fn row(&self) -> ConnectionRow {
+        let d = &self.description;
+        let (to_server, to_client) = self.bytes();
+        let (local, remote, sent, received, peer) = match d.direction {
+            Direction::Outbound => (d.source_addr, d.destination_addr, to_server, to_client, 1),
+            Direction::Inbound => (d.destination_addr, d.source_addr, to_client, to_server, 0),
+        };
+        ConnectionRow {
+            workload: format!("{}.{}", d.enrolled.name, d.enrolled.namespace),
+            direction: match d.direction {
+                Direction::Inbound => "inbound".to_owned(),
+                Direction::Outbound => "outbound".to_owned(),
+            },
+            local: local.to_string(),
+            remote: remote.to_string(),
+            target: d.target.map(|t| t.to_string()).unwrap_or_default(),
+            protocol: d.carrier.as_str().to_owned(),
+            peer_identity: d
+                .identities
+                .as_ref()
+                .map(|(client, server)| if peer == 1 { server.to_string() } else { client.to_string() })
+                .unwrap_or_default(),
+            age_secs: self.opened.elapsed().as_secs(),
+            bytes_sent: sent,
+            bytes_received: received,
+        }
+    }
+}
+
+/// Authorizes a flow to the workload as the view has it now; a workload that is gone takes nothing.
+pub fn judge(view: &View, destination: Option<&Workload>, flow: &InboundFlow) -> Verdict {
+    match destination.and_then(|workload| view.snapshot.workload(&workload.uid)) {
+        Some(workload) => authorize(&view.snapshot, workload, flow),
+        None => Verdict::Deny(Refusal::UnknownWorkload(flow.destination.ip())),
+    }
+}
+
+/// Live connections of one worker.
+#[derive(Debug)]
+pub struct Connections {
+    live: Mutex<Entries>,
+    metrics: Arc<Metrics>,
+    log: Option<AccessLog>,
+    cluster: Arc<str>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    next: u64,
+    by_id: HashMap<u64, Arc<Live>>,
+}
+
+impl Connections {
+    /// None yet.
+    #[allow(clippy::needless_pass_by_value, reason = "it keeps what it is given")]
+    pub fn new(metrics: Arc<Metrics>, log: Option<AccessLog>, cluster: Arc<str>) -> Arc<Self> {
+        let connections = Arc::new(Self { live: Mutex::default(), metrics: Arc::clone(&metrics), log, cluster });
+        metrics.watch(&connections);
+        connections
+    }
+
+    /// Enters a connection, before it is judged.
+    pub fn register(self: &Arc<Self>, description: Description) -> Registered {
+        let live = Arc::new(Live {
+            description,
+            opened: Instant::now(),
+            bytes: Default::default(),
+            flushed: Default::default(),
+            series: OnceLock::new(),
+            closing: OnceLock::new(),
+            waker: AtomicWaker::new(),
+        });
+        let mut entries = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = entries.next;
+        entries.next += 1;
+        entries.by_id.insert(id, Arc::clone(&live));
+        Registered { connections: Arc::clone(self), id, live, outcome: Outcome::Pending }
+    }
+
+    /// Number of live connections.
+    pub fn len(&self) -> usize {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).by_id.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All, for the admin interface.
+    pub fn rows(&self) -> Vec<ConnectionRow> {
+        self.all().iter().map(|live| live.row()).collect()
+    }
+
+    /// Judges all by `view`, and ends those that are allowed no more.
+    pub fn judge_again(&self, view: &View) {
+        for live in self.all() {
+            if let Some(reason) = live.verdict(view)
+                && live.close(reason)
+            {
+                count(&self.metrics.counters.connections_closed_by_change);
+            }
+        }
+    }
+
+    /// Ends those of a workload.
+    pub fn close_workload(&self, uid: &WorkloadUid) {
+        for live in self.all().iter().filter(|live| live.concerns(uid)) {
+            live.close(CloseReason::WorkloadStopped);
+        }
+    }
+
+    /// Ends all.
+    pub fn close_all(&self, reason: &CloseReason) {
+        for live in self.all() {
+            live.close(reason.clone());
+        }
+    }
+
+    pub(crate) fn flush_bytes(&self) {
+        for live in self.all() {
+            live.flush_bytes();
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).by_id.values().cloned().collect()
+    }
+
+    /// Counts and logs a connection that did not come about.
+    pub fn failed(&self, description: &Description, flags: ResponseFlags, error: &dyn std::fmt::Display) {
+        for reporter in description.reporters() {
+            count(&self.metrics.series(description.party_labels(*reporter, flags, &self.cluster)).failed);
+        }
+        self.write(description, None, Some(error.to_string()));
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "the caller has no further use for it")]
+    fn write(&self, description: &Description, ended: Option<(Instant, (u64, u64))>, error: Option<String>) {
+        let Some(log) = &self.log else { return };
+        for reporter in description.reporters() {
+            let record = Record::new(description, *reporter, ended, error.clone(), &self.cluster);
+            if !log.write(record) {
+                count(&self.metrics.counters.log_records_dropped);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Outcome {
+    /// Not judged or not dialled yet; dropping it in this state means that the attempt was abandoned.
+    Pending,
+    Open,
+    Done,
+}
+
+/// A place in the registry. Dropping it takes the connection out and writes its record.
+#[derive(Debug)]
+pub struct Registered {
+    connections: Arc<Connections>,
+    id: u64,
+    /// The connection.
+    pub live: Arc<Live>,
+    outcome: Outcome,
+}
+
+impl Registered {
+    /// It is up: bytes flow from now on.
+    pub fn opened(&mut self) {
+        let d = &self.live.description;
+        let series = d
+            .reporters()
+            .iter()
+            .map(|reporter| {
+                let labels = d.party_labels(*reporter, ResponseFlags::None, &self.connections.cluster);
+                self.connections.metrics.series(labels)
+            })
+            .collect::<Box<[_]>>();
+        for one in &series {
+            count(&one.opened);
+        }
+        if self.live.series.set(series).is_ok() {
+            self.outcome = Outcome::Open;
+        }
+    }
+
+    /// It did not come about.
+    pub fn failed(mut self, flags: ResponseFlags, error: &dyn std::fmt::Display) {
+        self.outcome = Outcome::Done;
+        self.connections.failed(&self.live.description, flags, error);
+    }
+
+    /// It was replaced by another attempt, which has the record.
+    pub fn superseded(mut self) {
+        self.outcome = Outcome::Done;
+    }
+
+    /// It ended; `error` says how, if not in order.
+    pub fn ended(mut self, error: Option<String>) {
+        self.finish(error);
+    }
+
+    fn finish(&mut self, error: Option<String>) {
+        self.outcome = Outcome::Done;
+        let live = &self.live;
+        live.flush_bytes();
+        for one in live.series.get().into_iter().flatten() {
+            count(&one.closed);
+        }
+        let reason = live.must_close();
+        if let Some(flags) = reason.map(CloseReason::flags).filter(|flags| *flags != ResponseFlags::None) {
+            for reporter in live.description.reporters() {
+                let labels = live.description.party_labels(*reporter, flags, &self.connections.cluster);
+                count(&self.connections.metrics.series(labels).failed);
+            }
+        }
+        let error = reason.map(ToString::to_string).or(error);
+        self.connections.write(&live.description, Some((live.opened, live.bytes())), error);
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.connections.live.lock().unwrap_or_else(PoisonError::into_inner).by_id.remove(&self.id);
+        match self.outcome {
+            Outcome::Done => {}
+            Outcome::Open => self.finish(Some("closed: the proxy stops".to_owned())),
+            Outcome::Pending => {
+                self.connections.failed(&self.live.description, ResponseFlags::Connect, &"abandoned before it was up");
+            }
+        }
+    }
+}

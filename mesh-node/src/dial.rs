@@ -1,0 +1,150 @@
+//! Dialling: sockets that belong to a workload's namespace, and connections that carry a client's own address.
+//!
+//! A socket belongs to the namespace that its thread was in when it was made, and stays there; everything after that may
+//! be done from anywhere. So a worker steps into the workload's namespace for the one `socket` call, synchronously.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::fstat;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+/// Packet mark of connections that carry the client's address; a rule in the workload's namespace sends their answers
+/// back to the proxy. ztunnel's is 0x539.
+pub const SOURCE_MARK: u32 = 0x53a;
+/// Time for one TCP connect.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Idle time before the first keepalive probe.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+/// Between keepalive probes.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
+/// Probes without an answer after which a connection is dead.
+pub const KEEPALIVE_PROBES: u32 = 3;
+/// Source ports for plaintext connections to an application, outside of what kernels hand out by default (32768 and up):
+/// the client's own port is taken by the connection that was captured.
+const SPOOFED_PORTS: std::ops::RangeInclusive<u16> = 1024..=32767;
+/// Ports tried before giving up.
+const SPOOFED_PORT_TRIES: u32 = 16;
+
+/// The namespaces of this thread.
+#[derive(Debug)]
+pub struct Namespaces {
+    own: OwnedFd,
+    own_inode: u64,
+}
+
+impl Namespaces {
+    /// For the calling thread. Must stay on it.
+    pub fn of_this_thread() -> io::Result<Self> {
+        let own: OwnedFd = std::fs::File::open("/proc/thread-self/ns/net")?.into();
+        let own_inode = fstat(&own)?.st_ino;
+        Ok(Self { own, own_inode })
+    }
+
+    /// A TCP socket in the namespace, non-blocking, with TCP_NODELAY and keepalive.
+    ///
+    /// A thread that cannot get back would make later sockets in a wrong namespace, so that ends the process.
+    pub fn socket(&self, namespace: BorrowedFd<'_>, address: IpAddr) -> io::Result<Socket> {
+        let elsewhere = fstat(namespace)?.st_ino != self.own_inode;
+        if elsewhere {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        }
+        let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP));
+        if elsewhere && let Err(error) = setns(self.own.as_fd(), CloneFlags::CLONE_NEWNET) {
+            tracing::error!(%error, "cannot leave a workload's network namespace");
+            std::process::abort();
+        }
+        let socket = socket?;
+        socket.set_tcp_nodelay(true)?;
+        keep_alive(&SockRef::from(&socket))?;
+        Ok(socket)
+    }
+}
+
+/// Sets keepalive as all connections of the proxy have it.
+pub fn keep_alive(socket: &SockRef<'_>) -> io::Result<()> {
+    let keepalive =
+        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// Whose address a connection to an application carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The proxy's choice.
+    Any,
+    /// The client's address; any port.
+    Client(IpAddr),
+    /// The client's address, and a port that cannot be that of the captured connection.
+    ClientOfCaptured(IpAddr),
+}
+
+/// Connects a socket, giving up after [`CONNECT_TIMEOUT`].
+pub async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = TcpSocket::from_std_stream(socket.into());
+    tokio::time::timeout(CONNECT_TIMEOUT, socket.connect(to))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+/// Connects to an application at `to` from inside its namespace.
+pub async fn connect_application(
+    namespaces: &Namespaces,
+    namespace: BorrowedFd<'_>,
+    source: Source,
+    to: SocketAddr,
+) -> io::Result<TcpStream> {
+    let (client, ports) = match source.normalised(to) {
+        Source::Any => return connect(namespaces.socket(namespace, to.ip())?, to).await,
+        Source::Client(client) => (client, 0..=0),
+        Source::ClientOfCaptured(client) => (client, SPOOFED_PORTS),
+    };
+    let mut tries = 0;
+    loop {
+        let port = rand::random_range(ports.clone());
+        let socket = namespaces.socket(namespace, to.ip())?;
+        spoof(&socket, client, port)?;
+        tries += 1;
+        match connect(socket, to).await {
+            // Another connection has this port towards this destination; the next draw is another one.
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+                    && tries < SPOOFED_PORT_TRIES => {}
+            result => return result,
+        }
+    }
+}
+
+impl Source {
+    /// Loopback and unspecified addresses, those of another family, and the destination's own cannot be carried.
+    fn normalised(self, to: SocketAddr) -> Self {
+        let usable = |ip: IpAddr| {
+            ip.is_ipv4() == to.is_ipv4() && !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast()
+        };
+        match self {
+            Self::Client(ip) if usable(ip.to_canonical()) => Self::Client(ip.to_canonical()),
+            Self::ClientOfCaptured(ip) if usable(ip.to_canonical()) => Self::ClientOfCaptured(ip.to_canonical()),
+            Self::Any | Self::Client(_) | Self::ClientOfCaptured(_) => Self::Any,
+        }
+    }
+}
+
+/// Lets a socket carry an address that is not ours. Binding to port 0 leaves the choice to `connect`, which then only
+/// has to keep the 4-tuple unique (IP_BIND_ADDRESS_NO_PORT).
+fn spoof(socket: &Socket, client: IpAddr, port: u16) -> io::Result<()> {
+    match client {
+        IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+    }
+    socket.set_mark(SOURCE_MARK)?;
+    socket.set_reuse_address(true)?;
+    if port == 0 {
+        nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+    }
+    socket.bind(&SocketAddr::new(client, port).into())
+}

@@ -1,0 +1,135 @@
+//! Heads of HBONE requests and responses: `baggage`, `forwarded`, `traceparent`.
+//!
+//! Pure functions. What a peer says here is for telemetry only: nothing is decided by it.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use http::{HeaderMap, HeaderValue, Method, Request, Uri};
+use mesh_core::workload::{Workload, WorkloadType};
+use rand::Rng;
+
+/// Header that carries the workload's description (W3C Baggage).
+pub const BAGGAGE: &str = "baggage";
+/// Header with the client's address (RFC 7239).
+pub const FORWARDED: &str = "forwarded";
+/// Header with the trace's identifiers (W3C Trace Context).
+pub const TRACEPARENT: &str = "traceparent";
+
+/// Longest baggage that is read, bytes (W3C Baggage 3.3.2 asks for 8192 at least).
+const MAX_BAGGAGE_BYTES: usize = 8192;
+/// Pairs that are read (W3C Baggage 3.3.2 asks for 64 at least).
+const MAX_BAGGAGE_PAIRS: usize = 64;
+
+/// A CONNECT to `authority` on behalf of `source`.
+pub fn request(
+    authority: &str,
+    source: &Workload,
+    cluster: &str,
+    client: SocketAddr,
+    service_host: Option<&str>,
+    rng: &mut impl Rng,
+) -> Result<Request<()>, http::Error> {
+    let authority: Uri = authority.parse().map_err(http::Error::from)?;
+    let mut request = Request::builder().method(Method::CONNECT).uri(authority).body(())?;
+    let headers = request.headers_mut();
+    insert(headers, BAGGAGE, &baggage(source, cluster));
+    insert(headers, FORWARDED, &forwarded(client, service_host));
+    insert(headers, TRACEPARENT, &traceparent(rng));
+    Ok(request)
+}
+
+/// Sets a header, unless a name from the configuration has characters that HTTP does not allow: telemetry is not worth
+/// a refused connection.
+pub fn insert(headers: &mut HeaderMap, name: &'static str, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
+}
+
+/// The description of a workload, keys as OpenTelemetry has them.
+pub fn baggage(workload: &Workload, cluster: &str) -> String {
+    let kind = match workload.workload_type {
+        WorkloadType::Deployment => "deployment",
+        WorkloadType::CronJob => "cronjob",
+        WorkloadType::Pod => "pod",
+        WorkloadType::Job => "job",
+    };
+    let cluster = if workload.cluster.is_empty() { cluster } else { &workload.cluster };
+    format!(
+        "k8s.cluster.name={cluster},k8s.namespace.name={},k8s.{kind}.name={},service.name={},service.version={},\
+         cloud.region={},cloud.availability_zone={}",
+        workload.namespace(),
+        workload.workload_name,
+        workload.canonical_name,
+        workload.canonical_revision,
+        workload.locality.region,
+        workload.locality.zone,
+    )
+}
+
+/// Who connects, and to which service if one was addressed.
+pub fn forwarded(client: SocketAddr, service_host: Option<&str>) -> String {
+    let mut value = format!("for=\"{client}\"");
+    if let Some(host) = service_host {
+        // Writing to a `String` cannot fail.
+        let _ = write!(value, ";host={host}");
+    }
+    value
+}
+
+/// A fresh trace, not sampled.
+pub fn traceparent(rng: &mut impl Rng) -> String {
+    // All zeros is invalid (W3C Trace Context 3.2.2.3).
+    let (trace, parent) = (rng.random::<u128>().max(1), rng.random::<u64>().max(1));
+    format!("00-{trace:032x}-{parent:016x}-00")
+}
+
+/// What a peer says about its workload.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Baggage<'a> {
+    /// `k8s.cluster.name`.
+    pub cluster: Option<&'a str>,
+    /// `k8s.namespace.name`.
+    pub namespace: Option<&'a str>,
+    /// `k8s.{deployment|cronjob|pod|job}.name`.
+    pub workload: Option<&'a str>,
+    /// `service.name`.
+    pub service: Option<&'a str>,
+    /// `service.version`.
+    pub version: Option<&'a str>,
+    /// `cloud.region`.
+    pub region: Option<&'a str>,
+    /// `cloud.availability_zone`.
+    pub zone: Option<&'a str>,
+}
+
+/// Reads a baggage header; what is not understood is left out, and the first of several equal keys counts.
+pub fn parse_baggage(bytes: &[u8]) -> Baggage<'_> {
+    let mut baggage = Baggage::default();
+    if bytes.len() > MAX_BAGGAGE_BYTES {
+        return baggage;
+    }
+    let Ok(text) = std::str::from_utf8(bytes) else { return baggage };
+    for pair in text.split(',').take(MAX_BAGGAGE_PAIRS) {
+        // Properties after `;` say nothing about the workload.
+        let pair = pair.split(';').next().unwrap_or_default();
+        let Some((key, value)) = pair.split_once('=') else { continue };
+        let value = value.trim();
+        let field = match key.trim() {
+            "k8s.cluster.name" => &mut baggage.cluster,
+            "k8s.namespace.name" => &mut baggage.namespace,
+            "k8s.deployment.name" | "k8s.cronjob.name" | "k8s.pod.name" | "k8s.job.name" => &mut baggage.workload,
+            "service.name" => &mut baggage.service,
+            "service.version" => &mut baggage.version,
+            "cloud.region" => &mut baggage.region,
+            "cloud.availability_zone" => &mut baggage.zone,
+            // Baggage is an open set by definition.
+            _ => continue,
+        };
+        if field.is_none() && !value.is_empty() {
+            *field = Some(value);
+        }
+    }
+    baggage
+}

@@ -1,0 +1,30 @@
+//! Which certificate proves a workload's identity now.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mesh_core::identity::SpiffeId;
+
+use crate::runtime::{CertifiedIdentity, View};
+use crate::tls::CLOCK_SKEW;
+
+/// Why an identity cannot be proved. Others are not affected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoCertificate {
+    /// Not issued yet, or withdrawn.
+    #[error("no certificate for {0}")]
+    Missing(SpiffeId),
+    /// Not renewed in time.
+    #[error("certificate of {0} has expired")]
+    Expired(SpiffeId),
+}
+
+/// The certificate of an identity, if it is still good.
+pub fn certificate(view: &View, id: &SpiffeId) -> Result<Arc<CertifiedIdentity>, NoCertificate> {
+    let found = view.certs.get(id).ok_or_else(|| NoCertificate::Missing(id.clone()))?;
+    let now_secs = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    if found.not_after_secs + CLOCK_SKEW.as_secs() < now_secs {
+        return Err(NoCertificate::Expired(id.clone()));
+    }
+    Ok(Arc::clone(found))
+}

@@ -1,0 +1,50 @@
+//! Bounds on what peers and workloads can make a worker hold.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Connections of one workload, all directions. At 20,000 the proxy holds some 100 MiB for it.
+pub const MAX_CONNECTIONS_PER_WORKLOAD: usize = 20_000;
+/// TLS handshakes under way in one worker; more wait in the listeners' backlogs.
+pub const MAX_HANDSHAKES: usize = 256;
+/// Tunnels from one address to one worker. A node proxy opens one for each 100 connections and pair of workloads.
+pub const MAX_TUNNELS_PER_SOURCE: usize = 512;
+
+/// Counts what each peer has.
+#[derive(Debug, Default)]
+pub struct PerSource {
+    tunnels: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// One of a peer's places, given back when dropped.
+#[derive(Debug)]
+pub struct SourcePlace {
+    all: Arc<PerSource>,
+    source: IpAddr,
+}
+
+impl PerSource {
+    /// Takes a place for `source`, if it has not too many.
+    pub fn take(self: &Arc<Self>, source: IpAddr) -> Option<SourcePlace> {
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = tunnels.entry(source).or_default();
+        if *taken >= MAX_TUNNELS_PER_SOURCE {
+            return None;
+        }
+        *taken += 1;
+        Some(SourcePlace { all: Arc::clone(self), source })
+    }
+}
+
+impl Drop for SourcePlace {
+    fn drop(&mut self) {
+        let mut tunnels = self.all.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = tunnels.get_mut(&self.source) {
+            *taken -= 1;
+            if *taken == 0 {
+                tunnels.remove(&self.source);
+            }
+        }
+    }
+}
