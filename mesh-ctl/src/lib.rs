@@ -1,1 +1,8 @@
-//! Skeleton.
+//! `mesh-ctl`: the command line, and the sandbox as a library.
+//!
+//! A verb gathers (talks to a [`target`]) and then renders (pure). No decision of the mesh is made here: what a
+//! connection may do is asked of the node that would decide it.
+
+pub mod admin;
+pub mod exit;
+pub mod sandbox;

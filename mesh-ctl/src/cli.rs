@@ -1,0 +1,286 @@
+//! The command line as a tree of types.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::sandbox::serve::Protocol;
+
+/// Inspect an ambient mesh, and try one out on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-ctl", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Where to look and how to print.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Arguments that every verb takes.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Global {
+    /// Output format.
+    #[arg(short, long, global = true, value_enum, default_value_t, help_heading = "Output")]
+    pub output: Format,
+    /// Leave the table's header out.
+    #[arg(long, global = true, help_heading = "Output")]
+    pub no_headers: bool,
+    /// Sandbox to look at.
+    #[arg(long, global = true, env = "MESH_SANDBOX", default_value = "default", help_heading = "Selectors")]
+    pub sandbox: String,
+    /// Admin socket of a node proxy, instead of a sandbox's (repeatable).
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Selectors")]
+    pub admin_socket: Vec<PathBuf>,
+    /// Admin socket of the controller, instead of a sandbox's.
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Selectors")]
+    pub controller_socket: Option<PathBuf>,
+    /// Only this node.
+    #[arg(long, global = true, value_name = "NODE", help_heading = "Selectors")]
+    pub node: Option<String>,
+    /// Only this Kubernetes namespace; also completes names given without one.
+    #[arg(short, long, global = true, value_name = "NAMESPACE", help_heading = "Selectors")]
+    pub namespace: Option<String>,
+    /// All Kubernetes namespaces (the default for lists).
+    #[arg(short = 'A', long, global = true, conflicts_with = "namespace", help_heading = "Selectors")]
+    pub all_namespaces: bool,
+}
+
+/// A saved dump instead of a running mesh.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Saved {
+    /// Read from a dump that `node-config all -o json` wrote.
+    #[arg(short, long, value_name = "FILE", help_heading = "Selectors")]
+    pub file: Option<PathBuf>,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Columns that fit a terminal.
+    #[default]
+    #[value(alias = "short")]
+    Table,
+    /// All columns.
+    Wide,
+    /// `{apiVersion: mesh-ctl/v1, kind, items}`.
+    Json,
+    /// The same as YAML.
+    Yaml,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Make, use and end a mesh on this machine (needs root).
+    Sandbox(SandboxArgs),
+    /// Controller and nodes at a glance, and what is wrong with the configuration.
+    Status(Saved),
+    /// What the node proxies have been told and what they do with it.
+    #[command(visible_aliases = ["zc", "ztunnel-config"])]
+    NodeConfig {
+        /// Which part.
+        #[command(subcommand)]
+        what: NodeConfig,
+    },
+    /// What the kernel programs are attached to and what they did.
+    Bpf {
+        /// Which part.
+        #[command(subcommand)]
+        what: Bpf,
+    },
+    /// Connections of a workload, from the access logs of its node and of its peers' nodes.
+    Logs(LogsArgs),
+    /// Authentication between workloads.
+    Authn {
+        /// Which check.
+        #[command(subcommand)]
+        what: Authn,
+    },
+    /// Is it mTLS from SRC to DST: as configured, and as observed? Same as `authn tls-check`.
+    MtlsCheck(TlsCheckArgs),
+    /// Authorization between workloads.
+    Authz {
+        /// Which question.
+        #[command(subcommand)]
+        what: Authz,
+    },
+    /// Whether every node proxy has the controller's configuration.
+    #[command(visible_alias = "ps")]
+    ProxyStatus(Saved),
+    /// Versions of this program, the controller and the nodes.
+    Version(Saved),
+    /// Completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Parts of a node's configuration.
+#[derive(Debug, Subcommand)]
+pub enum NodeConfig {
+    /// Workloads that the node knows.
+    #[command(visible_alias = "workloads")]
+    Workload(Saved),
+    /// Services and their endpoints.
+    #[command(visible_alias = "services")]
+    Service(Saved),
+    /// Authorization policies.
+    #[command(visible_alias = "policies")]
+    Policy(Saved),
+    /// Certificates of the node's own workloads.
+    #[command(visible_alias = "certificates")]
+    Certificate(Saved),
+    /// Live connections.
+    #[command(visible_alias = "connection")]
+    Connections(Saved),
+    /// Log level of the node proxies.
+    Log {
+        /// Sets it, e.g. `info` or `mesh_node::outbound=debug,info`.
+        #[arg(long)]
+        level: Option<String>,
+    },
+    /// Everything; `-o json` is a dump that `-f` reads.
+    All(Saved),
+}
+
+/// Parts of the kernel's state.
+#[derive(Debug, Subcommand)]
+pub enum Bpf {
+    /// Programs with hooks and attachments, and verdicts by reason.
+    Status(Saved),
+    /// Fill of the maps; of one map its entries.
+    Map {
+        /// Name of a map.
+        name: Option<String>,
+        /// Saved dump.
+        #[command(flatten)]
+        saved: Saved,
+    },
+    /// Drops and refusals, newest last.
+    Events(Saved),
+}
+
+/// Authentication checks.
+#[derive(Debug, Subcommand)]
+pub enum Authn {
+    /// Is it mTLS from SRC to DST: as configured, and as observed?
+    TlsCheck(TlsCheckArgs),
+}
+
+/// Authorization questions.
+#[derive(Debug, Subcommand)]
+pub enum Authz {
+    /// Would this connection be let in, by which rule, and what is missing?
+    Why(WhyArgs),
+}
+
+/// Arguments of `mtls-check`.
+#[derive(Debug, Args)]
+pub struct TlsCheckArgs {
+    /// Client: POD[.NAMESPACE] or pod/NAME.
+    pub source: String,
+    /// Server: POD[.NAMESPACE], pod/NAME or svc/NAME; none: every workload of the mesh.
+    pub destination: Option<String>,
+}
+
+/// Arguments of `authz why`.
+#[derive(Debug, Args)]
+pub struct WhyArgs {
+    /// Client: POD[.NAMESPACE], pod/NAME, or an IP address outside the mesh.
+    pub source: String,
+    /// Server: POD[.NAMESPACE], pod/NAME or svc/NAME.
+    pub destination: String,
+    /// Port: of the service for svc/NAME, else of the pod.
+    pub port: u16,
+}
+
+/// Arguments of `logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// POD[.NAMESPACE] or pod/NAME.
+    pub workload: String,
+    /// Only the last lines of each node.
+    #[arg(long, value_name = "LINES", default_value_t = 100)]
+    pub tail: usize,
+}
+
+/// `sandbox` and its verbs.
+#[derive(Debug, Args)]
+pub struct SandboxArgs {
+    /// Name of the sandbox; those with different names do not meet.
+    #[arg(long, global = true, env = "MESH_SANDBOX", default_value = "default", help_heading = "Selectors")]
+    pub name: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: SandboxVerb,
+}
+
+/// Verbs of the sandbox.
+#[derive(Debug, Subcommand)]
+pub enum SandboxVerb {
+    /// Build it, or repair it, and make a first request.
+    Up,
+    /// Its parts and whether they run.
+    Status,
+    /// Give YAML to its controller and print what the controller says about it.
+    Apply {
+        /// A file of Kubernetes and Istio objects.
+        file: PathBuf,
+    },
+    /// Take a file back that was applied.
+    Delete {
+        /// The file, by the name under which it was applied.
+        file: PathBuf,
+    },
+    /// Run a command in a workload.
+    Exec {
+        /// The workload.
+        workload: String,
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Log of a part: `controller`, `agent`, a node, or a workload.
+    Logs {
+        /// The part; none: of the mesh's processes.
+        part: Option<String>,
+        /// Go on as it grows.
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// End it and give everything back.
+    Down {
+        /// Every sandbox of this machine.
+        #[arg(long)]
+        all: bool,
+    },
+    /// The enrolment agent.
+    #[command(hide = true)]
+    Agent,
+    /// A server of the demonstration.
+    #[command(hide = true)]
+    Serve {
+        /// What it speaks.
+        protocol: Protocol,
+        /// TCP port, of both families.
+        #[arg(long)]
+        port: u16,
+        /// Who it says it is.
+        #[arg(long, default_value = "server")]
+        workload: String,
+        /// Version that it names.
+        #[arg(long, default_value = "")]
+        version: String,
+    },
+    /// One HTTP request.
+    #[command(hide = true)]
+    Fetch {
+        /// Name or address.
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
+}

@@ -1,0 +1,90 @@
+//! Exit codes (those of sysexits.h where one fits) and the errors that choose them.
+
+/// Ended well.
+pub const OK: u8 = 0;
+/// Failed.
+pub const FAILED: u8 = 1;
+/// The command line is wrong.
+pub const USAGE: u8 = 64;
+/// An input file is wrong.
+pub const BAD_INPUT: u8 = 65;
+/// Mesh, node or controller cannot be reached.
+pub const UNAVAILABLE: u8 = 69;
+/// Not permitted.
+pub const NOT_PERMITTED: u8 = 77;
+/// It ran, and found something that needs attention.
+pub const FINDINGS: u8 = 79;
+
+/// Root is needed.
+#[derive(Debug)]
+pub struct NotPermitted(pub String);
+
+/// An input file cannot be used.
+#[derive(Debug)]
+pub struct BadInput(pub String);
+
+/// Nothing to talk to.
+#[derive(Debug)]
+pub struct Unavailable(pub String);
+
+/// The output is complete, and it names findings.
+#[derive(Debug)]
+pub struct Findings;
+
+/// The command line names something that does not exist.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for NotPermitted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: run it as root (sudo mesh-ctl ...)", self.0)
+    }
+}
+
+macro_rules! display_text {
+    ($($name:ident),*) => {$(
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )*};
+}
+display_text!(BadInput, Unavailable, Usage);
+
+impl std::fmt::Display for Findings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("there are findings")
+    }
+}
+
+impl std::error::Error for NotPermitted {}
+impl std::error::Error for BadInput {}
+impl std::error::Error for Unavailable {}
+impl std::error::Error for Findings {}
+impl std::error::Error for Usage {}
+
+/// The exit code of an error: that of the first cause that chooses one.
+pub fn code(error: &anyhow::Error) -> u8 {
+    use crate::admin::AdminError;
+    for cause in error.chain() {
+        if cause.is::<NotPermitted>() {
+            return NOT_PERMITTED;
+        } else if cause.is::<BadInput>() {
+            return BAD_INPUT;
+        } else if cause.is::<Unavailable>() {
+            return UNAVAILABLE;
+        } else if cause.is::<Findings>() {
+            return FINDINGS;
+        } else if cause.is::<Usage>() {
+            return USAGE;
+        } else if let Some(admin) = cause.downcast_ref::<AdminError>() {
+            return match admin {
+                AdminError::Unreachable { .. } => UNAVAILABLE,
+                AdminError::NotPermitted { .. } => NOT_PERMITTED,
+                AdminError::Refused { .. } | AdminError::Malformed { .. } => FAILED,
+            };
+        }
+    }
+    FAILED
+}

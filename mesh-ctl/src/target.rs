@@ -1,0 +1,258 @@
+//! Where answers come from: a running mesh by its admin sockets, or a saved dump. Kubernetes will be one more variant.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use mesh_api::admin::{ControllerStatus, NodeStatus};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::admin;
+use crate::cli::{Global, Saved};
+use crate::exit::{BadInput, Unavailable, Usage};
+use crate::render::OnNode;
+use crate::sandbox::{Layout, State};
+
+/// A mesh to ask.
+#[derive(Debug)]
+pub enum Target {
+    /// Admin sockets of processes of this machine.
+    Sockets(Sockets),
+    /// What `node-config all -o json` wrote.
+    Dump(Value),
+}
+
+/// Admin sockets and logs of a mesh on this machine.
+#[derive(Debug, Default)]
+pub struct Sockets {
+    /// In order; explicit ones have no name until they are asked.
+    pub nodes: Vec<NodeSocket>,
+    /// The controller's.
+    pub controller: Option<PathBuf>,
+}
+
+/// A node proxy's admin socket.
+#[derive(Debug, Clone)]
+pub struct NodeSocket {
+    /// Node, if known.
+    pub name: Option<String>,
+    /// Socket.
+    pub socket: PathBuf,
+    /// Its access log, if it is a file here.
+    pub access_log: Option<PathBuf>,
+}
+
+/// A part of a node's state: where it is found on the admin socket and in a dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Section {
+    /// Readiness and enrolled workloads.
+    Status,
+    /// Workloads.
+    Workloads,
+    /// Services.
+    Services,
+    /// Policies.
+    Policies,
+    /// Certificates.
+    Certificates,
+    /// Live connections.
+    Connections,
+    /// Kernel state.
+    Bpf,
+    /// Drops that the kernel reported.
+    Events,
+}
+
+/// All sections, in the order of a dump.
+pub const SECTIONS: [Section; 8] = [
+    Section::Status,
+    Section::Workloads,
+    Section::Services,
+    Section::Policies,
+    Section::Certificates,
+    Section::Connections,
+    Section::Bpf,
+    Section::Events,
+];
+
+/// Answers of the nodes that answered, and errors of those that did not.
+#[derive(Debug)]
+pub struct Gathered<T> {
+    /// By node.
+    pub answers: Vec<OnNode<T>>,
+    /// One a node.
+    pub errors: Vec<anyhow::Error>,
+}
+
+impl Section {
+    /// Key in a dump; with a slash before it, the path.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Workloads => "workloads",
+            Self::Services => "services",
+            Self::Policies => "policies",
+            Self::Certificates => "certificates",
+            Self::Connections => "connections",
+            Self::Bpf => "bpf",
+            Self::Events => "events",
+        }
+    }
+}
+
+impl<T> Gathered<Vec<T>> {
+    /// One element an item; errors go to stderr.
+    pub fn rows(self) -> Listed<T> {
+        let flat = |a: OnNode<Vec<T>>| {
+            let node = a.node;
+            a.item.into_iter().map(move |item| OnNode { node: node.clone(), item })
+        };
+        Listed { rows: self.answers.into_iter().flat_map(flat).collect(), errors: self.errors }
+    }
+}
+
+/// Rows of the nodes that answered.
+#[derive(Debug)]
+pub struct Listed<T> {
+    /// Rows.
+    pub rows: Vec<OnNode<T>>,
+    /// Errors of the others.
+    pub errors: Vec<anyhow::Error>,
+}
+
+impl Target {
+    /// The mesh that the command line names.
+    ///
+    /// # Errors
+    /// There is no such sandbox, or the dump cannot be read.
+    pub fn of(global: &Global, saved: Option<&Saved>) -> Result<Self> {
+        if let Some(file) = saved.and_then(|s| s.file.as_deref()) {
+            return Ok(Self::Dump(read_dump(file)?));
+        }
+        if global.admin_socket.is_empty() && global.controller_socket.is_none() {
+            return Ok(Self::Sockets(sandbox(&global.sandbox, global.node.as_deref())?));
+        }
+        let nodes = global.admin_socket.iter();
+        let nodes = nodes.map(|s| NodeSocket { name: None, socket: s.clone(), access_log: None }).collect();
+        Ok(Self::Sockets(Sockets { nodes, controller: global.controller_socket.clone() }))
+    }
+
+    /// One section of every node.
+    pub async fn gather<T: DeserializeOwned>(&self, section: Section) -> Gathered<T> {
+        self.gather_path(section, &format!("/{}", section.key())).await
+    }
+
+    /// A section by another path (`/bpf?map=NAME`); a dump has only the section.
+    pub async fn gather_path<T: DeserializeOwned>(&self, section: Section, path: &str) -> Gathered<T> {
+        let mut gathered = Gathered { answers: Vec::new(), errors: Vec::new() };
+        match self {
+            Self::Dump(dump) => {
+                for item in dump["items"].as_array().into_iter().flatten() {
+                    let node = item["node"].as_str().unwrap_or_default().to_string();
+                    match serde_json::from_value(item[section.key()].clone()) {
+                        Ok(item) => gathered.answers.push(OnNode { node, item }),
+                        Err(e) => gathered.errors.push(anyhow!(BadInput(format!("dump of node {node}, {}: {e}", section.key())))),
+                    }
+                }
+            }
+            Self::Sockets(sockets) => {
+                let asked = sockets.nodes.iter().map(|node| ask(node, path));
+                for (node, answer) in sockets.nodes.iter().zip(futures_util::future::join_all(asked).await) {
+                    match answer {
+                        Ok(answer) => gathered.answers.push(answer),
+                        Err(e) => gathered.errors.push(e.context(format!("node {}", node.label()))),
+                    }
+                }
+            }
+        }
+        gathered
+    }
+
+    /// The controller's status; none if the command line names no controller or the dump has none.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn controller(&self) -> Result<Option<ControllerStatus>> {
+        match self {
+            Self::Dump(dump) if dump["controller"].is_null() => Ok(None),
+            Self::Dump(dump) => Ok(Some(serde_json::from_value(dump["controller"].clone()).context("dump of the controller")?)),
+            Self::Sockets(Sockets { controller: None, .. }) => Ok(None),
+            Self::Sockets(Sockets { controller: Some(socket), .. }) => {
+                Ok(Some(admin::get(socket, "/status").await.context("controller")?))
+            }
+        }
+    }
+
+    /// The admin socket of a node.
+    ///
+    /// # Errors
+    /// A dump has none, or the node is not known.
+    pub async fn socket_of(&self, node: &str) -> Result<PathBuf> {
+        let Self::Sockets(sockets) = self else {
+            return Err(anyhow!(Usage("a saved dump cannot answer this: ask a running mesh".into())));
+        };
+        for candidate in &sockets.nodes {
+            let name = match &candidate.name {
+                Some(name) => name.clone(),
+                None => admin::get::<NodeStatus>(&candidate.socket, "/status").await?.node,
+            };
+            if name == node {
+                return Ok(candidate.socket.clone());
+            }
+        }
+        Err(anyhow!(Unavailable(format!("no admin socket of node `{node}` is known; name it with --admin-socket"))))
+    }
+
+    /// Access logs of the nodes, where they are files of this machine.
+    pub fn access_logs(&self) -> BTreeMap<String, PathBuf> {
+        let Self::Sockets(sockets) = self else { return BTreeMap::new() };
+        let known = |n: &NodeSocket| Some((n.label(), n.access_log.clone()?));
+        sockets.nodes.iter().filter_map(known).collect()
+    }
+}
+
+impl NodeSocket {
+    fn label(&self) -> String {
+        self.name.clone().unwrap_or_else(|| self.socket.display().to_string())
+    }
+}
+
+async fn ask<T: DeserializeOwned>(node: &NodeSocket, path: &str) -> Result<OnNode<T>> {
+    let name = match &node.name {
+        Some(name) => name.clone(),
+        None => admin::get::<NodeStatus>(&node.socket, "/status").await?.node,
+    };
+    Ok(OnNode { node: name, item: admin::get(&node.socket, path).await? })
+}
+
+fn sandbox(name: &str, only: Option<&str>) -> Result<Sockets> {
+    let layout = Layout::of(name)?;
+    let Some(state) = State::load(&layout)? else {
+        return Err(anyhow!(Unavailable(format!(
+            "no sandbox `{name}` runs here; make one with `mesh-ctl sandbox up`, or name a mesh with --admin-socket"
+        ))));
+    };
+    if let Some(node) = only.filter(|n| state.topology.node_number(n).is_none()) {
+        let all: Vec<_> = state.topology.nodes.iter().map(|n| n.name.as_str()).collect();
+        return Err(anyhow!(Usage(format!("no node `{node}`; there are {}", all.join(", ")))));
+    }
+    let nodes = state.topology.nodes.iter().filter(|n| only.is_none_or(|o| o == n.name));
+    let socket = |name: &str| NodeSocket {
+        name: Some(name.to_string()),
+        socket: layout.node_admin(name),
+        access_log: Some(layout.node(name).join("access.log")),
+    };
+    let nodes = nodes.map(|n| socket(&n.name)).collect();
+    Ok(Sockets { nodes, controller: Some(layout.controller_admin()) })
+}
+
+fn read_dump(file: &Path) -> Result<Value> {
+    let bad = |why: String| anyhow!(BadInput(format!("{}: {why}", file.display())));
+    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+    let dump: Value = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    if dump["kind"] != "Dump" {
+        return Err(bad("no dump; write one with `mesh-ctl node-config all -o json`".into()));
+    }
+    Ok(dump)
+}
