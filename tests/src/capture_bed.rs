@@ -4,6 +4,7 @@
 //! own in them: [`socket_in`] opens sockets anywhere, and the test uses them itself.
 #![allow(unsafe_code)]
 
+pub mod packet;
 pub mod proxy;
 pub mod tcp;
 
@@ -365,4 +366,30 @@ pub fn read_line(stream: &mut std::net::TcpStream) -> io::Result<String> {
         }
         line.push(byte[0]);
     }
+}
+
+/// Runs `work` on a thread without `CAP_NET_RAW`, as most applications are.
+pub fn without_net_raw<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+    const CAP_NET_RAW: u32 = 13;
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let mut header = Header { version: CAPABILITY_VERSION_3, pid: 0 };
+            // Effective, permitted and inheritable, low words first.
+            let mut sets = [0_u32; 6];
+            // SAFETY: the buffers are what version 3 of these calls expects; capabilities are the thread's own.
+            unsafe {
+                assert_eq!(libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()), 0, "capget");
+                sets[0] &= !(1 << CAP_NET_RAW);
+                assert_eq!(libc::syscall(libc::SYS_capset, &raw mut header, sets.as_mut_ptr()), 0, "capset");
+            }
+            work()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use mesh_ebpf_common::outcome::{Hook, Reason};
 use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
 use mesh_node::capture::Capture;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,6 +17,59 @@ use super::{Bed, Group, Netns, tcp};
 
 /// How often a serving thread looks whether it shall end.
 const LOOK_MILLIS: u16 = 20;
+
+/// A bed with an enrolled workload and a serving proxy. Fields drop in this order: the bed last.
+pub struct Mesh {
+    /// The proxy in the workload's namespace.
+    pub proxy: Option<Proxy>,
+    /// The loader.
+    pub capture: Arc<Capture>,
+    /// Namespaces and cgroups.
+    pub bed: Bed,
+}
+
+impl Mesh {
+    /// With tcx.
+    pub fn new() -> Self {
+        Self::with(super::Bed::capture)
+    }
+
+    /// With another loader.
+    pub fn with(open: impl FnOnce(&Bed) -> Capture) -> Self {
+        let bed = Bed::new();
+        let capture = Arc::new(open(&bed));
+        let listeners = Listeners::open(&bed, &bed.pod);
+        let enrollment = bed.enroll(&capture, &listeners.fds());
+        let proxy = listeners.serve(Arc::clone(&capture), enrollment.cookie);
+        Self { proxy: Some(proxy), capture, bed }
+    }
+
+    /// The serving proxy.
+    pub fn proxy(&self) -> &Proxy {
+        self.proxy.as_ref().expect("the proxy runs")
+    }
+
+    /// Connects from the workload.
+    pub fn dial(&self, destination: SocketAddr) -> io::Result<TcpStream> {
+        tcp::connect(self.bed.tcp(&self.bed.pod, Group::App, destination.is_ipv6()), destination, super::PATIENCE)
+    }
+
+    /// Connects from outside the mesh.
+    pub fn call(&self, destination: SocketAddr) -> io::Result<TcpStream> {
+        tcp::connect(self.bed.tcp(&self.bed.peer, Group::Outside, destination.is_ipv6()), destination, super::PATIENCE)
+    }
+
+    /// How often a hook had an outcome.
+    pub fn count(&self, hook: Hook, reason: Reason) -> u64 {
+        super::count(&self.capture, hook, reason)
+    }
+}
+
+impl Default for Mesh {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// Listeners of the proxy in a namespace, not served yet.
 pub struct Listeners {
@@ -111,6 +165,20 @@ pub fn application(bed: &Bed, netns: &Netns, group: Group, addresses: &[SocketAd
     })
 }
 
+/// What a server closes at, instead of echoing it.
+const CLOSE_WORD: &[u8] = b"close\n";
+
+/// Asks the other end to close and waits until it did.
+pub fn ask_to_close(stream: &mut TcpStream) -> io::Result<()> {
+    use std::io::Read as _;
+    stream.write_all(CLOSE_WORD)?;
+    stream.set_read_timeout(Some(super::PATIENCE))?;
+    match stream.read(&mut [0])? {
+        0 => Ok(()),
+        _ => Err(io::Error::other("the other end sent more")),
+    }
+}
+
 /// Closes with a reset.
 pub fn reset(stream: &TcpStream) -> io::Result<()> {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
@@ -195,6 +263,7 @@ fn echo(stream: &mut TcpStream) -> bool {
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return false,
+            Ok(length) if &buffer[..length] == CLOSE_WORD => return false,
             Ok(length) => {
                 if stream.write_all(&buffer[..length]).is_err() {
                     return false;

@@ -100,3 +100,14 @@ pub fn mapped(addr: SocketAddr) -> SocketAddr {
         IpAddr::V6(_) => addr,
     }
 }
+
+/// `connect` with `AF_UNSPEC`: a TCP socket becomes one that was never connected.
+pub fn disconnect(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let none = libc::sockaddr { sa_family: 0, sa_data: [0; 14] };
+    let length = libc::socklen_t::try_from(size_of::<libc::sockaddr>()).map_err(io::Error::other)?;
+    // SAFETY: pointer and length are of one live address.
+    if unsafe { libc::connect(fd.as_raw_fd(), &raw const none, length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

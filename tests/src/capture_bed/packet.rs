@@ -1,0 +1,150 @@
+//! Hand-made TCP segments.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::{Bed, Group, Netns};
+
+const IP_HEADER_BYTES: usize = 20;
+const TCP_HEADER_BYTES: usize = 20;
+/// "More fragments" in IPv4's flags.
+const MORE_FRAGMENTS: u16 = 0x2000;
+
+/// A TCP segment over IPv4.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    src: SocketAddr,
+    dst: SocketAddr,
+    flags: u8,
+    payload: Vec<u8>,
+    fragment: u16,
+}
+
+impl Segment {
+    /// Without data.
+    pub fn new(src: SocketAddr, dst: SocketAddr, flags: u8) -> Self {
+        Self { src, dst, flags, payload: Vec::new(), fragment: 0 }
+    }
+
+    /// With data.
+    #[must_use]
+    pub fn with_payload(self, payload: &[u8]) -> Self {
+        Self { payload: payload.to_vec(), ..self }
+    }
+
+    /// The first of several fragments.
+    #[must_use]
+    pub fn more_fragments(self) -> Self {
+        Self { fragment: MORE_FRAGMENTS, ..self }
+    }
+
+    /// From the IP header on.
+    pub fn bytes(&self) -> Vec<u8> {
+        let (src, dst) = (v4(self.src), v4(self.dst));
+        let total = u16::try_from(IP_HEADER_BYTES + TCP_HEADER_BYTES + self.payload.len()).expect("a small segment");
+        let mut ip = vec![0x45, 0];
+        ip.extend(total.to_be_bytes());
+        ip.extend([0, 1]);
+        ip.extend(self.fragment.to_be_bytes());
+        ip.extend([64, 6, 0, 0]);
+        ip.extend(src.octets());
+        ip.extend(dst.octets());
+        let sum = checksum(&ip);
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let mut tcp = Vec::new();
+        tcp.extend(self.src.port().to_be_bytes());
+        tcp.extend(self.dst.port().to_be_bytes());
+        // Numbers that match no connection.
+        tcp.extend(0x1234_5678_u32.to_be_bytes());
+        tcp.extend(0x2345_6789_u32.to_be_bytes());
+        tcp.extend([0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        tcp.extend(&self.payload);
+        let mut pseudo = [src.octets(), dst.octets()].concat();
+        pseudo.extend([0, 6]);
+        pseudo.extend(u16::try_from(tcp.len()).expect("a small segment").to_be_bytes());
+        pseudo.extend(&tcp);
+        let sum = checksum(&pseudo);
+        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+        ip.extend(tcp);
+        ip
+    }
+}
+
+fn v4(addr: SocketAddr) -> Ipv4Addr {
+    match addr.ip() {
+        IpAddr::V4(v4) => v4,
+        IpAddr::V6(v6) => panic!("{v6}: hand-made segments are IPv4"),
+    }
+}
+
+/// RFC 1071
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or_default()])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).expect("folded to 16 bits")
+}
+
+/// A raw socket that sends whole IPv4 packets.
+pub struct Raw {
+    fd: OwnedFd,
+}
+
+impl Raw {
+    /// In a namespace.
+    pub fn open(bed: &Bed, netns: &Netns, group: Group) -> Self {
+        Self { fd: bed.socket(netns, group, (libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)) }
+    }
+
+    /// Sends a segment by the namespace's routes.
+    pub fn send(&self, segment: &Segment) {
+        let bytes = segment.bytes();
+        let to = super::tcp::sockaddr(SocketAddr::new(segment.dst.ip(), 0));
+        let sent = nix::sys::socket::sendto(self.fd.as_raw_fd(), &bytes, &to, nix::sys::socket::MsgFlags::empty());
+        assert_eq!(sent, Ok(bytes.len()), "send {segment:?}");
+    }
+}
+
+/// A packet socket on an interface, which sends whole Ethernet frames.
+pub struct Packet {
+    fd: OwnedFd,
+    index: i32,
+}
+
+impl Packet {
+    /// On `eth0` of a namespace.
+    pub fn open(bed: &Bed, netns: &Netns, group: Group) -> Self {
+        let fd = bed.socket(netns, group, (libc::AF_PACKET, libc::SOCK_RAW, 0));
+        let link = netns.ip(&["-o", "link", "show", "eth0"]);
+        let index = link.split(':').next().and_then(|index| index.trim().parse().ok()).expect("index of eth0");
+        Self { fd, index }
+    }
+
+    /// Sends a frame with this EtherType in its header (and VLAN tag, if any) but `claimed` as the socket's protocol.
+    pub fn send(&self, vlan: Option<u16>, claimed: u16, payload: &[u8]) -> io::Result<()> {
+        let mut frame = vec![0xff; 6];
+        frame.extend([2, 0, 0, 0, 0, 1]);
+        if let Some(tag) = vlan {
+            frame.extend(0x8100_u16.to_be_bytes());
+            frame.extend(tag.to_be_bytes());
+        }
+        frame.extend(0x0800_u16.to_be_bytes());
+        frame.extend(payload);
+        // SAFETY: all zero is a valid address.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = u16::try_from(libc::AF_PACKET).expect("small");
+        to.sll_protocol = claimed.to_be();
+        to.sll_ifindex = self.index;
+        let length = libc::socklen_t::try_from(size_of_val(&to)).expect("small");
+        // SAFETY: pointers and lengths are of live buffers.
+        let sent = unsafe {
+            libc::sendto(self.fd.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, (&raw const to).cast(), length)
+        };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
