@@ -5,6 +5,7 @@
 use anyhow::Result;
 
 use crate::metadata::{self, Package, Version};
+use crate::process;
 use crate::spdx;
 use crate::tree::Tree;
 
@@ -67,7 +68,21 @@ const LICENCES: [&str; 12] = [
 
 /// Everything wrong with the lock file, one line each.
 pub(crate) fn findings(tree: &Tree) -> Result<Vec<String>> {
-    Ok(judge(&metadata::packages(tree)?))
+    let mut built = Vec::new();
+    for package in metadata::packages(tree)? {
+        let refused = REFUSED.iter().any(|(name, _)| *name == package.name);
+        if !refused || is_built(tree, &package.name)? {
+            built.push(package);
+        }
+    }
+    Ok(judge(&built))
+}
+
+/// Whether a package of the lock file is compiled at all: the lock file also has what only an optional feature that
+/// nobody asks for would bring.
+fn is_built(tree: &Tree, name: &str) -> Result<bool> {
+    let command = tree.cargo(&["tree", "--locked", "--workspace", "--target=all", "--edges=all", "--invert", name]);
+    Ok(!process::output(command)?.trim().is_empty())
 }
 
 fn judge(packages: &[Package]) -> Vec<String> {
