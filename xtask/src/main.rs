@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 mod cargo_test;
 mod compile;
 mod ebpf;
+mod kernel;
 mod metadata;
 mod process;
 mod sandbox;
@@ -20,6 +21,7 @@ mod test;
 mod tidy;
 mod tree;
 mod versions;
+mod vm;
 
 use tree::Tree;
 
@@ -79,7 +81,10 @@ fn run(task: Task) -> Result<ExitCode> {
             setup::install()?;
             compile::all(&tree, compile::Profile::of(release))?;
         }
-        Task::Ebpf => println!("{}", ebpf::build(&tree)?.display()),
+        Task::Ebpf => {
+            setup::install()?;
+            println!("{}", ebpf::build(&tree)?.display());
+        }
         Task::Sandbox { arguments } => return sandbox::run(&tree, &arguments),
         Task::Test(options) => return test::run(&tree, &options),
         Task::Tidy => return tidy::run(&tree),

@@ -5,13 +5,14 @@ use crate::metadata::{Kind, Package};
 use super::rust::{Source, find_word};
 
 /// The crates of this workspace that each one may depend on, tests and build scripts included.
-const EDGES: [(&str, &[&str]); 9] = [
+const EDGES: [(&str, &[&str]); 10] = [
     ("mesh-api", &["mesh-core"]),
     ("mesh-controller", &["mesh-api", "mesh-core"]),
     ("mesh-core", &[]),
     ("mesh-ctl", &["mesh-api", "mesh-core"]),
     ("mesh-ebpf", &["mesh-ebpf-common"]),
     ("mesh-ebpf-common", &[]),
+    ("mesh-fuzz", &["mesh-api", "mesh-controller", "mesh-core", "mesh-node"]),
     ("mesh-node", &["mesh-api", "mesh-core", "mesh-ebpf-common"]),
     ("mesh-tests", &["mesh-api", "mesh-controller", "mesh-core", "mesh-ctl", "mesh-ebpf-common", "mesh-node"]),
     ("xtask", &[]),
