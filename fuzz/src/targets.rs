@@ -1,10 +1,15 @@
 //! What is fed, and the real samples that inputs are made from.
 
 use std::str;
+use std::sync::Arc;
 
 use mesh_api::proto::workload::zds;
 use mesh_api::proto::{security, workload, xds};
+use mesh_api::wds;
+use mesh_core::flow::RESERVED_PORTS;
 use mesh_core::identity::SpiffeId;
+use mesh_core::inbound::inbound_target;
+use mesh_core::snapshot::Change;
 use prost::Message;
 
 use crate::input::Format;
@@ -26,6 +31,10 @@ pub fn all() -> Vec<Target> {
     vec![
         Target { name: "spiffe-id", format: Format::Text, samples: identities, run: spiffe_id },
         Target { name: "xds-response", format: Format::Protobuf, samples: responses, run: xds_response },
+        Target { name: "xds-address", format: Format::Protobuf, samples: addresses, run: xds_address },
+        Target { name: "xds-policy", format: Format::Protobuf, samples: policies, run: xds_policy },
+        Target { name: "hbone-authority", format: Format::Text, samples: authorities, run: hbone_authority },
+        Target { name: "yaml", format: Format::Text, samples: manifests, run: yaml },
         Target { name: "enrolment", format: Format::Protobuf, samples: enrolments, run: enrolment },
     ]
 }
@@ -94,9 +103,136 @@ fn responses() -> Vec<Vec<u8>> {
 
 fn xds_response(input: &[u8]) {
     let Ok(response) = xds::DeltaDiscoveryResponse::decode(input) else { return };
-    for resource in response.resources.iter().filter_map(|resource| resource.resource.as_ref()) {
-        drop(workload::Address::decode(&*resource.value));
-        drop(security::Authorization::decode(&*resource.value));
+    for resource in &response.resources {
+        if let Some(body) = &resource.resource {
+            resource_bytes(&body.type_url, &body.value);
+        }
+        drop(wds::removal(&response.type_url, &resource.name));
+    }
+    for name in &response.removed_resources {
+        drop(wds::removal(&response.type_url, name));
+    }
+}
+
+/// What is understood is understood the same after it was written again: a proxy that gives its state on loses nothing.
+fn resource_bytes(type_url: &str, bytes: &[u8]) {
+    let Ok(change) = wds::decode(type_url, bytes) else { return };
+    let written = wds::encode(&change);
+    let Some(content) = &written.content else { return };
+    match wds::decode(written.type_url, &content.bytes) {
+        Ok(again) => assert_eq!(wds::encode(&again), written, "a resource changes when it is written again"),
+        Err(error) => panic!("a resource that was written cannot be read: {error}"),
+    }
+}
+
+fn addresses() -> Vec<Vec<u8>> {
+    vec![address().encode_to_vec()]
+}
+
+fn xds_address(input: &[u8]) {
+    resource_bytes(mesh_api::ADDRESS_TYPE_URL, input);
+}
+
+fn policies() -> Vec<Vec<u8>> {
+    vec![policy().encode_to_vec()]
+}
+
+fn xds_policy(input: &[u8]) {
+    resource_bytes(mesh_api::AUTHORIZATION_TYPE_URL, input);
+}
+
+fn authorities() -> Vec<Vec<u8>> {
+    ["10.0.0.1:80", "[2001:db8::1]:443", "[::ffff:10.0.0.1]:8080", "web.default.svc.cluster.local:80"]
+        .map(Into::into)
+        .to_vec()
+}
+
+/// An accepted authority leads to an address of the workload and to no port of the proxy.
+fn hbone_authority(input: &[u8]) {
+    let Ok(authority) = str::from_utf8(input) else { return };
+    let Ok(Change::UpsertWorkload(pod)) = wds::decode(mesh_api::ADDRESS_TYPE_URL, &address().encode_to_vec()) else {
+        panic!("the sample workload is one");
+    };
+    for ip in &pod.addresses {
+        if let Ok(target) = inbound_target(&pod, *ip, authority) {
+            assert!(pod.addresses.contains(&target.ip()), "{authority:?} leads to {target}");
+            assert!(target.port() != 0 && !RESERVED_PORTS.contains(&target.port()), "{authority:?} leads to {target}");
+        }
+    }
+}
+
+fn manifests() -> Vec<Vec<u8>> {
+    [
+        POD,
+        SERVICE,
+        POLICY,
+        "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Namespace\n  metadata: {name: a}\n",
+    ]
+    .map(Into::into)
+    .to_vec()
+}
+
+const POD: &str = "apiVersion: v1
+kind: Pod
+metadata:
+  name: web-1
+  namespace: default
+  labels: {app: web, istio.io/dataplane-mode: ambient}
+spec:
+  nodeName: node-a
+  serviceAccountName: web
+  containers:
+  - name: web
+    ports: [{name: http, containerPort: 8080}]
+status:
+  phase: Running
+  podIP: 10.0.0.1
+  podIPs: [{ip: 10.0.0.1}]
+  conditions:
+  - {type: Ready, status: \"True\"}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: web, namespace: default}
+";
+
+const SERVICE: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec:
+  clusterIP: 10.96.0.1
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: http}
+";
+
+const POLICY: &str = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: allow-client, namespace: default}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: ALLOW
+  rules:
+  - from:
+    - source: {principals: [cluster.local/ns/default/sa/client], ipBlocks: [10.0.0.0/8]}
+    to:
+    - operation: {ports: [\"80\"]}
+    when:
+    - {key: source.namespace, notValues: [legacy]}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: strict, namespace: default}
+spec:
+  mtls: {mode: STRICT}
+  portLevelMtls: {8080: {mode: PERMISSIVE}}
+";
+
+fn yaml(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else { return };
+    let file: Arc<str> = "fuzz.yaml".into();
+    for document in mesh_api::yaml::documents(text).into_iter().flatten() {
+        drop(mesh_api::k8s::items(&document, &file));
     }
 }
 
