@@ -249,3 +249,21 @@ fn enrolments() -> Vec<Vec<u8>> {
 fn enrolment(input: &[u8]) {
     drop(zds::WorkloadRequest::decode(input));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_samples_get_past_the_outermost_parser() {
+        wds::decode(mesh_api::ADDRESS_TYPE_URL, &addresses()[0]).expect("the sample workload");
+        wds::decode(mesh_api::AUTHORIZATION_TYPE_URL, &policies()[0]).expect("the sample policy");
+        for text in manifests() {
+            for document in mesh_api::yaml::documents(str::from_utf8(&text).unwrap()) {
+                for item in mesh_api::k8s::items(&document.unwrap(), &"sample.yaml".into()) {
+                    assert!(matches!(item, mesh_api::k8s::Item::Object(_)), "a sample is rejected: {item:?}");
+                }
+            }
+        }
+    }
+}
