@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod cargo_test;
 mod compile;
 mod ebpf;
@@ -57,6 +58,12 @@ enum Task {
     },
     /// Run every check and test that CI runs, cheap ones first.
     Test(test::Options),
+    /// Measure throughput, latency, CPU and memory against plain routing (and a peer); arguments go to `mesh-bench run`.
+    Bench {
+        /// E.g. `--rounds 5 --peer-ztunnel BINARY`; `--help` names all.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Check crate edges, sizes, unsafe code, links and stray paths.
     Tidy,
 }
@@ -86,6 +93,7 @@ fn run(task: Task) -> Result<ExitCode> {
             println!("{}", ebpf::build(&tree)?.display());
         }
         Task::Sandbox { arguments } => return sandbox::run(&tree, &arguments),
+        Task::Bench { arguments } => return bench::run(&tree, &arguments),
         Task::Test(options) => return test::run(&tree, &options),
         Task::Tidy => return tidy::run(&tree),
     }

@@ -105,14 +105,23 @@ impl Sandbox {
     /// # Errors
     /// There is no such binary, or no token for the node.
     pub fn start_node(&mut self, node: &str, more: &[String]) -> Result<()> {
-        let token = self.layout.node(node).join("token");
-        if !token.exists() {
-            files::replace(&token, &self.issue_token(node)?, 0o600)?;
-        }
+        self.node_token(node)?;
         let mut argv = self.node_argv(node)?;
         argv.extend_from_slice(more);
         let place = Place::open(&self.layout.proxy_cgroup(node), Some(&self.layout.netns(node)))?;
         self.spawn(Part::Node(node.to_string()), &argv, &[], place)
+    }
+
+    /// File with the token of a node, issued when there is none yet.
+    ///
+    /// # Errors
+    /// There is no mesh, or the controller's program refuses.
+    pub fn node_token(&self, node: &str) -> Result<PathBuf> {
+        let token = self.layout.node(node).join("token");
+        if !token.exists() {
+            files::replace(&token, &self.issue_token(node)?, 0o600)?;
+        }
+        Ok(token)
     }
 
     /// The command line of a node's proxy.
