@@ -5,11 +5,13 @@
 
 pub mod access_log;
 pub mod capture;
+pub mod config;
 pub mod connections;
 pub mod dial;
 pub mod hbone;
 pub mod identity;
 pub mod limits;
+pub mod logging;
 pub mod metrics;
 pub mod relay;
 pub mod runtime;
