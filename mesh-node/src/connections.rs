@@ -219,8 +219,8 @@ impl Live {
         d.enrolled.uid == *uid || d.local_destination.as_ref().is_some_and(|e| e.uid == *uid)
     }
 
-    /// Judges it by `view`.
-    fn verdict(&self, view: &View) -> Option<CloseReason> {
+    /// Judges it by `view`: why it must not go on, if so.
+    pub fn verdict(&self, view: &View) -> Option<CloseReason> {
         let d = &self.description;
         if let Some(lost) = d.own_identities().find(|id| !view.certs.contains_key(*id)) {
             return Some(CloseReason::IdentityWithdrawn(lost.clone()));
@@ -425,7 +425,7 @@ impl Registered {
         self.connections.failed(&self.live.description, flags, error);
     }
 
-    /// It was replaced by another attempt, which has the record.
+    /// It was given up without a record: the caller writes it, or another attempt.
     pub fn superseded(mut self) {
         self.outcome = Outcome::Done;
     }

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use mesh_core::identity::SpiffeId;
 
-use crate::runtime::{CertifiedIdentity, View};
+use crate::runtime::{CertifiedIdentity, Enrolled, View};
 use crate::tls::CLOCK_SKEW;
 
 /// Why an identity cannot be proved. Others are not affected.
@@ -27,4 +27,13 @@ pub fn certificate(view: &View, id: &SpiffeId) -> Result<Arc<CertifiedIdentity>,
         return Err(NoCertificate::Expired(id.clone()));
     }
     Ok(Arc::clone(found))
+}
+
+/// The identity of an enrolled workload: its service account, in the mesh's trust domain.
+pub fn identity_of(enrolled: &Enrolled, trust_domain: &Arc<str>) -> SpiffeId {
+    SpiffeId {
+        trust_domain: Arc::clone(trust_domain),
+        namespace: Arc::clone(&enrolled.namespace),
+        service_account: Arc::clone(&enrolled.service_account),
+    }
 }

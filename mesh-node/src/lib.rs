@@ -3,6 +3,7 @@
 //! Here: capture, tunnel, L4 authorization of connections, certificates, enrolment. Never here: what is decided
 //! (`mesh_core`), HTTP routing.
 
+pub mod accept;
 pub mod access_log;
 pub mod capture;
 pub mod config;
@@ -10,12 +11,15 @@ pub mod connections;
 pub mod dial;
 pub mod hbone;
 pub mod identity;
+pub mod inbound;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
+pub mod outbound;
 pub mod relay;
 pub mod runtime;
 pub mod seqpacket;
 pub mod supervisor;
 pub mod tls;
 pub mod wire;
+pub mod workers;

@@ -230,6 +230,8 @@ pub struct Counters {
     pub connections_closed_by_change: AtomicU64,
     /// Dials that moved on to another endpoint.
     pub dial_retries: AtomicU64,
+    /// Connections to the proxy's own ports that were not captured there.
+    pub direct_dials: AtomicU64,
     /// Access log records dropped because the writer was behind.
     pub log_records_dropped: AtomicU64,
     /// Label sets beyond the bound.
@@ -316,7 +318,7 @@ impl Collector for Metrics {
 impl Metrics {
     fn encode_own(&self, mut encoder: DescriptorEncoder<'_>, series: usize) -> Result<(), fmt::Error> {
         let c = &self.counters;
-        let counters: [(&str, &str, &AtomicU64); 12] = [
+        let counters: [(&str, &str, &AtomicU64); 13] = [
             ("mesh_tunnels_dialled", "Tunnels dialled and up", &c.tunnels_dialled),
             ("mesh_tunnel_failures", "Tunnels that did not come up", &c.tunnel_failures),
             ("mesh_tunnels_accepted", "Tunnels accepted and up", &c.tunnels_accepted),
@@ -324,6 +326,7 @@ impl Metrics {
             ("mesh_bad_requests", "HBONE requests answered 400", &c.bad_requests),
             ("mesh_reset_floods", "Tunnels closed for too many reset streams", &c.reset_floods),
             ("mesh_accept_failures", "Accepts that failed and were waited out", &c.accept_failures),
+            ("mesh_direct_dials", "Connections to the proxy's own ports that were not captured there", &c.direct_dials),
             ("mesh_connections_shed", "Connections turned away at a bound", &c.connections_shed),
             (
                 "mesh_connections_closed_by_change",

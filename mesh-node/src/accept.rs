@@ -1,0 +1,121 @@
+//! Accept loops of a workload's listeners.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::sleep;
+
+use crate::hbone::server::Phase;
+use crate::metrics::count;
+use crate::relay::reset_on_close;
+use crate::workers::{Serving, Worker};
+use crate::{inbound, outbound};
+
+/// Pause after an accept failed for want of descriptors or memory: trying at once would only burn the CPU that others
+/// need to end connections.
+const RESOURCES_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a listener is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Outbound,
+    Plaintext,
+    Hbone,
+}
+
+/// An accepted connection and its place among the workload's connections.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub tcp: TcpStream,
+    /// Its other end.
+    pub peer: SocketAddr,
+    /// Given back when dropped.
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// Starts the accept loops of a workload in this worker; they end with its phase.
+pub fn serve(worker: &Arc<Worker>, serving: &Arc<Serving>) {
+    let listeners = &serving.enrolled.listeners;
+    let all = [
+        (Role::Outbound, Some(&listeners.outbound4)),
+        (Role::Outbound, listeners.outbound6.as_ref()),
+        (Role::Plaintext, Some(&listeners.inbound4)),
+        (Role::Plaintext, listeners.inbound6.as_ref()),
+        (Role::Hbone, Some(&listeners.hbone4)),
+        (Role::Hbone, listeners.hbone6.as_ref()),
+    ];
+    for (role, fd) in all {
+        let Some(fd) = fd else { continue };
+        match listen(fd) {
+            Ok(listener) => {
+                tokio::spawn(accept_all(Arc::clone(worker), Arc::clone(serving), listener, role));
+            }
+            Err(error) => {
+                tracing::error!(workload = %serving.enrolled.name, ?role, %error, "listener cannot be used");
+            }
+        }
+    }
+}
+
+fn listen(fd: &OwnedFd) -> io::Result<TcpListener> {
+    let listener = std::net::TcpListener::from(fd.as_fd().try_clone_to_owned()?);
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
+}
+
+async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpListener, role: Role) {
+    let mut phase = serving.phase.subscribe();
+    let mut tls = inbound::TlsConfigs::default();
+    loop {
+        // A place among the handshakes first, so that connections beyond wait where they cost nothing: in the backlog.
+        let handshake = match role {
+            Role::Hbone => tokio::select! {
+                permit = Arc::clone(&worker.handshakes).acquire_owned() => permit.ok(),
+                _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+            },
+            Role::Outbound | Role::Plaintext => None,
+        };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // Ending the loop closes only this worker's copy of the socket.
+            _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+        };
+        let (tcp, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                if out_of_resources(&error) {
+                    count(&worker.metrics.counters.accept_failures);
+                    tracing::warn!(%error, "accept failed, pausing");
+                    sleep(RESOURCES_PAUSE).await;
+                }
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&serving.permits).try_acquire_owned() else {
+            count(&worker.metrics.counters.connections_shed);
+            reset_on_close(&tcp);
+            continue;
+        };
+        let accepted = Accepted { tcp, peer, permit };
+        match role {
+            Role::Outbound => {
+                tokio::spawn(outbound::carry(Arc::clone(&worker), Arc::clone(&serving), accepted));
+            }
+            Role::Plaintext => {
+                tokio::spawn(inbound::plaintext(Arc::clone(&worker), Arc::clone(&serving), accepted));
+            }
+            Role::Hbone => tls.accept(&worker, &serving, accepted, handshake),
+        }
+    }
+}
+
+/// Errors that concern this process or the machine rather than the one connection (accept(2)).
+fn out_of_resources(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}

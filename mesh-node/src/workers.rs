@@ -1,0 +1,294 @@
+//! The data path's threads, and the handle that the rest of the process holds.
+//!
+//! Each worker is a thread with an event loop, connections and tunnels of its own: on the way of a byte there is no
+//! lock that another thread holds. What the workers are to serve is one value that they all watch and reconcile with,
+//! so that no order of calls and no missed message can leave one behind.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::admin::ConnectionRow;
+use mesh_core::workload::WorkloadUid;
+use prometheus_client::registry::Registry;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep};
+
+use crate::accept;
+use crate::access_log::AccessLog;
+use crate::connections::{CloseReason, Connections};
+use crate::dial::Namespaces;
+use crate::hbone::client::Tunnels;
+use crate::hbone::server::Phase;
+use crate::limits::{MAX_CONNECTIONS_PER_WORKLOAD, MAX_HANDSHAKES, PerSource};
+use crate::metrics::{LoggedPeers, Metrics};
+use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
+
+/// How often idle tunnels are looked for.
+const EXPIRE_EVERY: Duration = Duration::from_secs(10);
+/// How often a drain looks whether it is done.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// A workload that is being served, by all workers.
+#[derive(Debug)]
+pub struct Serving {
+    /// Which.
+    pub enrolled: Arc<Enrolled>,
+    /// How far along.
+    pub phase: watch::Sender<Phase>,
+    /// Connections that it may still have.
+    pub permits: Arc<Semaphore>,
+}
+
+impl Serving {
+    fn new(enrolled: Arc<Enrolled>) -> Self {
+        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS_PER_WORKLOAD));
+        Self { enrolled, phase: watch::Sender::new(Phase::Serving), permits }
+    }
+
+    /// Whether connections that are being set up must be given up.
+    pub fn is_stopped(&self) -> bool {
+        *self.phase.borrow() == Phase::Stopped
+    }
+}
+
+/// What a worker's tasks share.
+pub struct Worker {
+    /// Settings.
+    pub config: Arc<DataPathConfig>,
+    /// The view.
+    pub shared: Arc<Shared>,
+    /// Where captured connections wanted to go.
+    pub original_dst: OriginalDst,
+    /// Live connections.
+    pub connections: Arc<Connections>,
+    /// Tunnels.
+    pub tunnels: Arc<Tunnels>,
+    /// Where sockets are made.
+    pub namespaces: Arc<Namespaces>,
+    /// Metrics of the process.
+    pub metrics: Arc<Metrics>,
+    /// Handshakes that may still be under way.
+    pub handshakes: Arc<Semaphore>,
+    /// Tunnels that each peer has here.
+    pub per_source: Arc<PerSource>,
+    /// Peers that were complained about.
+    pub logged: LoggedPeers,
+    /// When this worker began; the clock of `logged`.
+    pub started: Instant,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").field("node", &self.config.node).finish_non_exhaustive()
+    }
+}
+
+/// What the workers are to do.
+#[derive(Debug, Clone, Default)]
+struct Desired {
+    serving: Arc<BTreeMap<WorkloadUid, Arc<Serving>>>,
+    /// Grows when the view has changed.
+    view: u64,
+}
+
+/// The running data path. Dropping it ends the workers and resets what they carry.
+#[derive(Debug)]
+pub struct DataPath {
+    desired: watch::Sender<Desired>,
+    connections: Vec<Arc<Connections>>,
+}
+
+impl DataPath {
+    /// Starts the workers, which serve nothing yet. Metrics are encoded with `registry`.
+    #[allow(clippy::needless_pass_by_value, reason = "it keeps what it is given")]
+    pub fn start(
+        config: DataPathConfig,
+        shared: Arc<Shared>,
+        original_dst: OriginalDst,
+        registry: &mut Registry,
+    ) -> io::Result<Self> {
+        let metrics = Metrics::registered(registry);
+        let log = config.access_log.as_ref().map(AccessLog::open).transpose()?;
+        let workers = config.workers.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+        let config = Arc::new(config);
+        let desired = watch::Sender::new(Desired::default());
+        let mut all_connections = Vec::with_capacity(workers);
+        for index in 0..workers {
+            let connections = Connections::new(Arc::clone(&metrics), log.clone(), Arc::clone(&config.cluster));
+            all_connections.push(Arc::clone(&connections));
+            let make = WorkerParts {
+                config: Arc::clone(&config),
+                shared: Arc::clone(&shared),
+                original_dst: Arc::clone(&original_dst),
+                connections,
+                metrics: Arc::clone(&metrics),
+            };
+            let watch = desired.subscribe();
+            let (started, result) = std::sync::mpsc::sync_channel(1);
+            std::thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(move || run_thread(make, watch, &started))?;
+            result.recv().unwrap_or_else(|_| Err(io::Error::other("worker ended at once")))?;
+        }
+        Ok(Self { desired, connections: all_connections })
+    }
+
+    /// Accepts a workload's connections from now on. A second call with the same UID replaces the first.
+    pub fn serve(&self, enrolled: Arc<Enrolled>) {
+        self.desired.send_modify(|desired| {
+            let mut serving = (*desired.serving).clone();
+            if let Some(old) = serving.insert(enrolled.uid.clone(), Arc::new(Serving::new(enrolled))) {
+                old.phase.send_replace(Phase::Stopped);
+            }
+            desired.serving = Arc::new(serving);
+        });
+    }
+
+    /// Accepts no more connections of a workload, and resets those that it has.
+    pub fn stop(&self, uid: &WorkloadUid) {
+        self.desired.send_modify(|desired| {
+            let mut serving = (*desired.serving).clone();
+            if let Some(old) = serving.remove(uid) {
+                old.phase.send_replace(Phase::Stopped);
+            }
+            desired.serving = Arc::new(serving);
+        });
+        for connections in &self.connections {
+            connections.close_workload(uid);
+        }
+    }
+
+    /// The view has changed: live connections are judged again, tunnels that it does not cover any more are dropped.
+    pub fn config_changed(&self) {
+        self.desired.send_modify(|desired| desired.view += 1);
+    }
+
+    /// Stops accepting, tells peers to go elsewhere, waits up to `deadline` for connections to end, resets the rest.
+    pub async fn drain(&self, deadline: Duration) {
+        self.all_enter(Phase::Draining);
+        let end = Instant::now() + deadline;
+        while self.connection_count() > 0 && Instant::now() < end {
+            sleep(DRAIN_POLL).await;
+        }
+        for connections in &self.connections {
+            connections.close_all(&CloseReason::Drained);
+        }
+        self.all_enter(Phase::Stopped);
+        // Resets are sent by the workers' tasks; those are as quick as the event loops.
+        let end = Instant::now() + Duration::from_secs(1);
+        while self.connection_count() > 0 && Instant::now() < end {
+            sleep(DRAIN_POLL).await;
+        }
+    }
+
+    /// Live connections, for the admin interface.
+    pub fn connections(&self) -> Vec<ConnectionRow> {
+        let mut rows: Vec<_> = self.connections.iter().flat_map(|connections| connections.rows()).collect();
+        rows.sort_by(|a, b| (&a.workload, &a.direction, &a.remote).cmp(&(&b.workload, &b.direction, &b.remote)));
+        rows
+    }
+
+    /// Number of live connections.
+    pub fn connection_count(&self) -> u64 {
+        self.connections.iter().map(|connections| connections.len() as u64).sum()
+    }
+
+    fn all_enter(&self, phase: Phase) {
+        for serving in self.desired.borrow().serving.values() {
+            serving.phase.send_replace(phase);
+        }
+    }
+}
+
+impl Drop for DataPath {
+    fn drop(&mut self) {
+        self.all_enter(Phase::Stopped);
+    }
+}
+
+struct WorkerParts {
+    config: Arc<DataPathConfig>,
+    shared: Arc<Shared>,
+    original_dst: OriginalDst,
+    connections: Arc<Connections>,
+    metrics: Arc<Metrics>,
+}
+
+impl WorkerParts {
+    /// On the worker's own thread.
+    fn build(self) -> io::Result<Arc<Worker>> {
+        let namespaces = Arc::new(Namespaces::of_this_thread()?);
+        Ok(Arc::new(Worker {
+            config: self.config,
+            shared: self.shared,
+            original_dst: self.original_dst,
+            connections: self.connections,
+            tunnels: Tunnels::new(Arc::clone(&namespaces), Arc::clone(&self.metrics)),
+            namespaces,
+            metrics: self.metrics,
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            per_source: Arc::default(),
+            logged: LoggedPeers::default(),
+            started: Instant::now(),
+        }))
+    }
+}
+
+fn run_thread(
+    parts: WorkerParts,
+    desired: watch::Receiver<Desired>,
+    started: &std::sync::mpsc::SyncSender<io::Result<()>>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = started.send(Err(error));
+            return;
+        }
+    };
+    runtime.block_on(async move {
+        match parts.build() {
+            Ok(worker) => {
+                let _ = started.send(Ok(()));
+                run(worker, desired).await;
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+            }
+        }
+    });
+}
+
+/// A worker's life: reconciles what it serves with what is desired, until the [`DataPath`] is gone.
+async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
+    let mut serving: BTreeMap<WorkloadUid, Arc<Serving>> = BTreeMap::new();
+    let mut seen_view = 0;
+    loop {
+        let now = desired.borrow_and_update().clone();
+        // Those that are gone end by their phase; here they are only forgotten.
+        serving.retain(|uid, old| now.serving.get(uid).is_some_and(|new| Arc::ptr_eq(new, old)));
+        for (uid, new) in now.serving.iter() {
+            if !serving.contains_key(uid) {
+                serving.insert(uid.clone(), Arc::clone(new));
+                accept::serve(&worker, new);
+            }
+        }
+        if now.view != seen_view {
+            seen_view = now.view;
+            let view = worker.shared.view.load_full();
+            worker.connections.judge_again(&view);
+            worker.tunnels.retain_valid(&view);
+        }
+        tokio::select! {
+            changed = desired.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+            () = sleep(EXPIRE_EVERY) => worker.tunnels.expire(),
+        }
+    }
+}
