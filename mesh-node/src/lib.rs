@@ -9,6 +9,7 @@ pub mod capture;
 pub mod config;
 pub mod connections;
 pub mod dial;
+pub mod enrol;
 pub mod hbone;
 pub mod identity;
 pub mod inbound;

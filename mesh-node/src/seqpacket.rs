@@ -7,9 +7,11 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
 };
+use tokio::io::unix::AsyncFd;
 
 /// Longest message in bytes. An enrolment is a few hundred; a descriptor's name at most 512.
 pub const MAX_MESSAGE_BYTES: usize = 16 * 1024;
@@ -50,6 +52,14 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket)
+}
+
+/// Makes a socket one that a runtime waits for.
+pub fn asynchronous(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+    fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    // SAFETY: the descriptor is owned by what it is registered with, so it stays open and the same until then.
+    Ok(unsafe { AsyncFd::register(socket) }?)
 }
 
 /// Listens at `path`, taking the place of whoever listened there before, without an instant at which nobody does.

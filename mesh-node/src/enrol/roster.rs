@@ -1,0 +1,350 @@
+//! The workloads of this node: what each request of the agent does to them.
+//!
+//! The served ones are in the shared view; here are those that could not be served and what the agent has announced.
+//! A workload that cannot be served stays captured in the kernel, closed, until the agent says that it is gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::admin::EnrolledWorkload;
+use mesh_core::workload::WorkloadUid;
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info, warn};
+
+use super::protocol::{Add, Request, WorkloadInfo};
+use super::{Captured, EnrolMetrics, Host, MAX_WORKLOADS, NotCaptured, kept};
+use crate::runtime::{Enrolled, Shared};
+
+/// Longest time from a request to its answer. The agent waits longer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// All workloads of the agent's announcements.
+pub struct Roster {
+    host: Arc<dyn Host>,
+    shared: Arc<Shared>,
+    trust_domain: Arc<str>,
+    /// Captured but not served.
+    closed: BTreeMap<WorkloadUid, Closed>,
+    /// Served, but something is missing; what.
+    incomplete: BTreeMap<WorkloadUid, String>,
+    /// Announced since the agent connected.
+    announced: BTreeSet<WorkloadUid>,
+    metrics: EnrolMetrics,
+    answer_within: Duration,
+}
+
+/// A workload that could not be enrolled.
+#[derive(Debug)]
+struct Closed {
+    info: WorkloadInfo,
+    netns: OwnedFd,
+    /// `None`: the kernel does not know it.
+    cookie: Option<u64>,
+    reason: String,
+}
+
+impl Roster {
+    /// Serves what a predecessor served, at once, and keeps the rest of the node as it is until the agent speaks.
+    pub fn new(
+        host: Arc<dyn Host>,
+        shared: Arc<Shared>,
+        trust_domain: Arc<str>,
+        adopted: Vec<Enrolled>,
+        metrics: EnrolMetrics,
+    ) -> Self {
+        let adopted: BTreeMap<_, _> = adopted.into_iter().map(|w| (w.uid.clone(), Arc::new(w))).collect();
+        shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            enrolled.extend(adopted.iter().map(|(uid, workload)| (uid.clone(), Arc::clone(workload))));
+            view.with_enrolled(enrolled)
+        });
+        for workload in adopted.values() {
+            host.serve(Arc::clone(workload));
+            metrics.started.inc();
+        }
+        let roster = Self {
+            host,
+            shared,
+            trust_domain,
+            closed: BTreeMap::new(),
+            incomplete: BTreeMap::new(),
+            announced: BTreeSet::new(),
+            metrics,
+            answer_within: ANSWER_WITHIN,
+        };
+        roster.count();
+        roster
+    }
+
+    /// Asks for certificates of adopted workloads, so that they are renewed, and captures those again that the kernel
+    /// forgot. Not needed for serving them.
+    pub async fn settle(&self) {
+        let host = Arc::clone(&self.host);
+        let captured = blocking(move || host.captured()).await.unwrap_or_else(|error| {
+            warn!(%error, "captured workloads cannot be read");
+            Vec::new()
+        });
+        let enrolled: Vec<_> = self.shared.view.load().enrolled.values().cloned().collect();
+        for workload in enrolled {
+            if !captured.contains(&workload.cookie)
+                && let Err(error) = self.renew(Arc::clone(&workload)).await
+            {
+                warn!(workload = &*workload.name, %error, "adopted workload is not captured");
+            }
+            // The schedule of certificates goes on asking; nobody waits for this answer.
+            drop(self.host.certificate(kept::info(&workload).identity(&self.trust_domain)));
+        }
+    }
+
+    /// A new connection to the agent, which announces everything again.
+    pub fn agent_connected(&mut self) {
+        self.announced.clear();
+    }
+
+    /// Carries a request out. An error is for the agent.
+    pub async fn handle(&mut self, request: Request) -> Result<(), String> {
+        let deadline = Instant::now() + self.answer_within;
+        let outcome = match request {
+            Request::Add(add) => self.add(add, deadline).await,
+            Request::Keep(uid) => self.keep(uid),
+            Request::Del(uid) => self.remove(&uid).await,
+            Request::SnapshotSent => self.sweep().await,
+        };
+        self.count();
+        outcome
+    }
+
+    /// All workloads with their states, in order.
+    pub fn rows(&self) -> Vec<EnrolledWorkload> {
+        let view = self.shared.view.load();
+        let served = view.enrolled.values().map(|workload| {
+            let state = self.incomplete.get(&workload.uid).map_or("ready", String::as_str);
+            row(&workload.uid, &kept::info(workload), workload.cookie, state)
+        });
+        let closed = self.closed.iter().map(|(uid, c)| row(uid, &c.info, c.cookie.unwrap_or_default(), &c.reason));
+        let mut rows: Vec<_> = served.chain(closed).collect();
+        rows.sort_by(|a, b| a.uid.cmp(&b.uid));
+        rows
+    }
+
+    fn enrolled(&self, uid: &WorkloadUid) -> Option<Arc<Enrolled>> {
+        self.shared.view.load().enrolled.get(uid).cloned()
+    }
+
+    async fn add(&mut self, add: Add, deadline: Instant) -> Result<(), String> {
+        self.announced.insert(add.uid.clone());
+        self.refuse_shared_namespace(&add)?;
+        match self.enrolled(&add.uid) {
+            Some(known) if kept::info(&known) == add.info && same_file(known.netns.as_fd(), add.netns.as_fd()) => {
+                self.renew(known).await?;
+            }
+            Some(_) => {
+                self.remove(&add.uid).await?;
+                self.announced.insert(add.uid.clone());
+                self.enrol(&add.uid, add.info.clone(), add.netns).await?;
+            }
+            None => self.enrol(&add.uid, add.info.clone(), add.netns).await?,
+        }
+        self.certify(&add.uid, &add.info, deadline).await
+    }
+
+    /// One namespace is one workload: the programs know a workload by its namespace alone.
+    fn refuse_shared_namespace(&self, add: &Add) -> Result<(), String> {
+        let netns = add.netns.as_fd();
+        let own =
+            std::fs::File::open("/proc/self/ns/net").map_err(|error| format!("own network namespace: {error}"))?;
+        if same_file(own.as_fd(), netns) {
+            return Err("its network namespace is the node's own: it cannot be captured".to_owned());
+        }
+        let view = self.shared.view.load();
+        let served = view.enrolled.values().map(|w| (&w.uid, &w.name, w.netns.as_fd()));
+        let closed = self.closed.iter().map(|(uid, c)| (uid, &c.info.name, c.netns.as_fd()));
+        let other = served.chain(closed).find(|(uid, _, theirs)| **uid != add.uid && same_file(*theirs, netns));
+        match other {
+            Some((uid, name, _)) => {
+                Err(format!("its network namespace is that of {name} ({}), which is enrolled", uid.0))
+            }
+            None => Ok(()),
+        }
+    }
+
+    async fn renew(&self, workload: Arc<Enrolled>) -> Result<(), String> {
+        let host = Arc::clone(&self.host);
+        blocking(move || host.renew(&workload)).await
+    }
+
+    async fn enrol(&mut self, uid: &WorkloadUid, info: WorkloadInfo, netns: OwnedFd) -> Result<(), String> {
+        let known = self.shared.view.load().enrolled.len() + self.closed.len();
+        if known >= MAX_WORKLOADS && !self.closed.contains_key(uid) {
+            return Err(format!("this node serves {MAX_WORKLOADS} workloads already"));
+        }
+        let (host, key) = (Arc::clone(&self.host), uid.clone());
+        let captured = tokio::task::spawn_blocking(move || host.capture(&key, netns)).await;
+        let Captured { netns, cookie, listeners } = match captured {
+            Ok(Ok(captured)) => captured,
+            Ok(Err(NotCaptured { reason, netns, cookie })) => {
+                warn!(workload = &*info.name, namespace = &*info.namespace, %reason, "workload is not enrolled");
+                self.closed.insert(uid.clone(), Closed { info, netns, cookie, reason: reason.clone() });
+                return Err(reason);
+            }
+            Err(error) => return Err(format!("enrolment failed: {error}")),
+        };
+        self.closed.remove(uid);
+        let WorkloadInfo { name, namespace, service_account } = info;
+        let workload =
+            Arc::new(Enrolled { uid: uid.clone(), name, namespace, service_account, netns, cookie, listeners });
+        self.shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            enrolled.insert(uid.clone(), Arc::clone(&workload));
+            view.with_enrolled(enrolled)
+        });
+        self.host.serve(Arc::clone(&workload));
+        self.metrics.started.inc();
+        info!(workload = &*workload.name, namespace = &*workload.namespace, cookie, "workload enrolled");
+        self.put(&workload)
+    }
+
+    fn put(&self, workload: &Enrolled) -> Result<(), String> {
+        let put = || kept::descriptors(workload)?.iter().try_for_each(|(name, fd)| self.host.keep(name, fd.as_fd()));
+        put().map_err(|error| format!("listeners cannot be kept for a restart: {error}"))
+    }
+
+    async fn certify(&mut self, uid: &WorkloadUid, info: &WorkloadInfo, deadline: Instant) -> Result<(), String> {
+        let id = info.identity(&self.trust_domain);
+        let answered = match timeout_at(deadline, self.host.certificate(id.clone())).await {
+            Ok(answered) => answered,
+            Err(_) => Err("no answer in time".to_owned()),
+        };
+        match answered {
+            Ok(()) => {
+                self.incomplete.remove(uid);
+                Ok(())
+            }
+            Err(error) => {
+                let reason = format!("no certificate for {id}: {error}");
+                self.incomplete.insert(uid.clone(), reason.clone());
+                Err(reason)
+            }
+        }
+    }
+
+    fn keep(&mut self, uid: WorkloadUid) -> Result<(), String> {
+        if self.enrolled(&uid).is_none() {
+            return Err(format!("{} is not enrolled here: add it with its network namespace", uid.0));
+        }
+        self.announced.insert(uid);
+        Ok(())
+    }
+
+    /// Ends an enrolment; one that is not known is none.
+    async fn remove(&mut self, uid: &WorkloadUid) -> Result<(), String> {
+        self.announced.remove(uid);
+        self.incomplete.remove(uid);
+        if let Some(closed) = self.closed.remove(uid) {
+            return self.release_closed(uid, closed).await;
+        }
+        let Some(workload) = self.enrolled(uid) else {
+            debug!(uid = &*uid.0, "told to end an enrolment that there is not");
+            return Ok(());
+        };
+        self.shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            enrolled.remove(uid);
+            view.with_enrolled(enrolled)
+        });
+        self.host.stop(uid);
+        self.forget(uid);
+        self.give_up_certificate_of(&workload);
+        self.metrics.stopped.inc();
+        info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left");
+        let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
+        blocking(move || host.release(gone.cookie, Some(gone.netns.as_fd()))).await
+    }
+
+    async fn release_closed(&mut self, uid: &WorkloadUid, closed: Closed) -> Result<(), String> {
+        info!(workload = &*closed.info.name, namespace = &*closed.info.namespace, "workload left");
+        let Some(cookie) = closed.cookie else { return Ok(()) };
+        let host = Arc::clone(&self.host);
+        let netns = closed.netns.try_clone().map_err(|error| error.to_string())?;
+        let released = blocking(move || host.release(cookie, Some(netns.as_fd()))).await;
+        if let Err(error) = &released {
+            warn!(uid = &*uid.0, %error, "namespace stays captured");
+        }
+        released
+    }
+
+    fn forget(&self, uid: &WorkloadUid) {
+        for name in kept::names(uid) {
+            if let Err(error) = self.host.forget(&name) {
+                warn!(name, %error, "descriptor stays with the supervisor");
+            }
+        }
+    }
+
+    fn give_up_certificate_of(&self, gone: &Enrolled) {
+        let id = kept::info(gone).identity(&self.trust_domain);
+        let view = self.shared.view.load();
+        if !view.enrolled.values().any(|workload| kept::info(workload).identity(&self.trust_domain) == id) {
+            self.host.give_up_certificate(&id);
+        }
+    }
+
+    /// What the agent did not announce is gone.
+    async fn sweep(&mut self) -> Result<(), String> {
+        let enrolled: Vec<WorkloadUid> = self.shared.view.load().enrolled.keys().cloned().collect();
+        let known = enrolled.into_iter().chain(self.closed.keys().cloned());
+        let gone: Vec<_> = known.filter(|uid| !self.announced.contains(uid)).collect();
+        let mut failed = Vec::new();
+        for uid in gone {
+            failed.extend(self.remove(&uid).await.err());
+        }
+        failed.extend(self.release_unknown().await.err());
+        if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+    }
+
+    /// Namespaces that an earlier proxy captured and nobody announced.
+    async fn release_unknown(&self) -> Result<(), String> {
+        let view = self.shared.view.load_full();
+        let served = view.enrolled.values().map(|workload| workload.cookie);
+        let known: BTreeSet<u64> = served.chain(self.closed.values().filter_map(|closed| closed.cookie)).collect();
+        let host = Arc::clone(&self.host);
+        blocking(move || {
+            let unknown = host.captured()?.into_iter().filter(|cookie| !known.contains(cookie));
+            let failed: Vec<String> = unknown.filter_map(|cookie| host.release(cookie, None).err()).collect();
+            if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+        })
+        .await
+    }
+
+    fn count(&self) {
+        let count = |length: usize| i64::try_from(length).unwrap_or(i64::MAX);
+        self.metrics.active.set(count(self.shared.view.load().enrolled.len()));
+        self.metrics.pending.set(count(self.closed.len()));
+    }
+}
+
+fn row(uid: &WorkloadUid, info: &WorkloadInfo, netns_cookie: u64, state: &str) -> EnrolledWorkload {
+    EnrolledWorkload {
+        uid: uid.0.to_string(),
+        name: info.name.to_string(),
+        namespace: info.namespace.to_string(),
+        service_account: info.service_account.to_string(),
+        netns_cookie,
+        state: state.to_owned(),
+    }
+}
+
+/// Whether two descriptors are of one namespace (or any other file).
+fn same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
+    let identity = |fd| nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+    matches!((identity(a), identity(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::enrol::testing::{FakeHost, file, workload};
+
+struct Scene {
+    host: Arc<FakeHost>,
+    shared: Arc<Shared>,
+    roster: Roster,
+}
+
+fn scene(adopted: Vec<Enrolled>) -> Scene {
+    let (host, shared) = (Arc::new(FakeHost::default()), Arc::new(Shared::default()));
+    let dyn_host: Arc<dyn Host> = Arc::clone(&host) as Arc<dyn Host>;
+    let roster = Roster::new(dyn_host, Arc::clone(&shared), "t".into(), adopted, EnrolMetrics::default());
+    Scene { host, shared, roster }
+}
+
+fn info(name: &str, service_account: &str) -> WorkloadInfo {
+    WorkloadInfo { name: name.into(), namespace: "default".into(), service_account: service_account.into() }
+}
+
+fn add(uid: &str, account: &str, netns: &OwnedFd) -> Request {
+    let netns = netns.try_clone().expect("dup");
+    Request::Add(Add { uid: WorkloadUid(uid.into()), info: info(uid, account), netns })
+}
+
+fn del(uid: &str) -> Request {
+    Request::Del(WorkloadUid(uid.into()))
+}
+
+impl Scene {
+    async fn expect(&mut self, request: Request, outcome: Result<(), &str>, asked: &[&str]) {
+        let what = format!("{request:?}");
+        match (self.roster.handle(request).await, outcome) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(part)) if error.contains(part) => {}
+            (got, expected) => panic!("{what}: got {got:?}, expected {expected:?}"),
+        }
+        assert_eq!(self.host.asked(), asked, "{what}");
+    }
+
+    fn served(&self) -> Vec<String> {
+        self.shared.view.load().enrolled.keys().map(|uid| uid.0.to_string()).collect()
+    }
+
+    fn states(&self) -> Vec<String> {
+        self.roster.rows().iter().map(|row| format!("{} {}", row.uid, row.state)).collect()
+    }
+
+    fn kept_uids(&self) -> BTreeSet<String> {
+        let kept = self.host.kept.lock().expect("lock");
+        kept.iter().filter_map(|name| name.strip_prefix("info/").map(str::to_owned)).collect()
+    }
+}
+
+#[tokio::test]
+async fn a_workload_is_captured_then_served_then_certified_and_all_is_undone_when_it_goes() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    assert_eq!(scene.states(), ["a ready"]);
+    assert_eq!(scene.host.kept.lock().expect("lock").len(), 8, "namespace, six listeners, info");
+    scene.expect(add("a", "web", &netns), Ok(()), &["renew a", "certificate web"]).await;
+    scene.expect(del("a"), Ok(()), &["stop a", "give up web", "release"]).await;
+    assert!(scene.served().is_empty() && scene.host.kept.lock().expect("lock").is_empty());
+    scene.expect(del("a"), Ok(()), &[]).await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_given_up_with_its_last_workload() {
+    let mut scene = scene(Vec::new());
+    let (one, two) = (file(), file());
+    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("b", "web", &two), Ok(()), &["capture b", "serve b", "certificate web"]).await;
+    scene.expect(del("a"), Ok(()), &["stop a", "release"]).await;
+    scene.expect(del("b"), Ok(()), &["stop b", "give up web", "release"]).await;
+}
+
+#[tokio::test]
+async fn another_namespace_or_identity_under_a_known_uid_is_a_new_workload() {
+    let mut scene = scene(Vec::new());
+    let (one, two) = (file(), file());
+    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    let again = ["stop a", "give up web", "release", "capture a", "serve a", "certificate web"];
+    scene.expect(add("a", "web", &two), Ok(()), &again).await;
+    let other = ["stop a", "give up web", "release", "capture a", "serve a", "certificate db"];
+    scene.expect(add("a", "db", &two), Ok(()), &other).await;
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    assert_eq!(scene.served(), ["a"]);
+}
+
+#[tokio::test]
+async fn a_workload_that_cannot_be_captured_stays_closed_until_it_is_gone() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.host.fail("capture");
+    scene.expect(add("a", "web", &netns), Err("capture fails"), &["capture a"]).await;
+    assert_eq!(scene.states(), ["a capture fails"]);
+    assert!(scene.served().is_empty());
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    assert_eq!(scene.host.captured.lock().expect("lock").len(), 1, "the snapshot must not open it");
+    scene.host.mend();
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    assert_eq!(scene.states(), ["a ready"]);
+    scene.host.fail("capture");
+    let other = file();
+    scene.expect(add("b", "web", &other), Err("capture fails"), &["capture b"]).await;
+    scene.expect(del("b"), Ok(()), &["release"]).await;
+}
+
+#[tokio::test]
+async fn without_a_certificate_it_is_served_and_the_agent_hears_of_it() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.host.fail("certificate");
+    let asked = ["capture a", "serve a", "certificate web"];
+    scene.expect(add("a", "web", &netns), Err("no certificate for spiffe://t/ns/default/sa/web"), &asked).await;
+    assert_eq!(scene.served(), ["a"]);
+    assert!(scene.states()[0].starts_with("a no certificate"), "{:?}", scene.states());
+    scene.host.mend();
+    scene.expect(add("a", "web", &netns), Ok(()), &["renew a", "certificate web"]).await;
+    assert_eq!(scene.states(), ["a ready"]);
+}
+
+#[tokio::test]
+async fn the_answer_comes_in_time_whatever_the_controller_does() {
+    let mut scene = scene(Vec::new());
+    scene.host.fail("hang");
+    scene.roster.answer_within = Duration::from_millis(20);
+    let started = Instant::now();
+    let asked = ["capture a", "serve a", "certificate web"];
+    scene.expect(add("a", "web", &file()), Err("no answer in time"), &asked).await;
+    assert!(started.elapsed() < ANSWER_WITHIN, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_namespace_that_is_taken_or_our_own_is_refused() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("b", "db", &netns), Err("is that of a (a)"), &[]).await;
+    scene.expect(del("b"), Ok(()), &[]).await;
+    let own = std::fs::File::open("/proc/self/ns/net").expect("own").into();
+    scene.expect(add("host", "web", &own), Err("node's own"), &[]).await;
+    assert_eq!(scene.served(), ["a"]);
+}
+
+#[tokio::test]
+async fn what_was_adopted_is_served_at_once_and_what_is_not_announced_again_goes() {
+    let mut scene = scene(vec![workload("a", "a", true), workload("b", "b", false), workload("c", "c", true)]);
+    assert_eq!(scene.host.asked(), ["serve a", "serve b", "serve c"]);
+    scene.roster.agent_connected();
+    scene.expect(Request::Keep(WorkloadUid("a".into())), Ok(()), &[]).await;
+    scene.expect(Request::Keep(WorkloadUid("x".into())), Err("x is not enrolled here"), &[]).await;
+    let netns = scene.shared.view.load().enrolled[&WorkloadUid("b".into())].netns.try_clone().expect("dup");
+    scene.expect(add("b", "web", &netns), Ok(()), &["renew b", "certificate web"]).await;
+    assert_eq!(scene.served(), ["a", "b", "c"], "before the snapshot nothing goes");
+    scene.expect(Request::SnapshotSent, Ok(()), &["stop c", "release"]).await;
+    assert_eq!(scene.served(), ["a", "b"]);
+}
+
+#[tokio::test]
+async fn after_a_new_connection_everything_has_to_be_announced_again() {
+    let mut scene = scene(Vec::new());
+    let (one, two) = (file(), file());
+    for (uid, netns) in [("a", &one), ("b", &two)] {
+        let asked = [format!("capture {uid}"), format!("serve {uid}"), "certificate web".into()];
+        scene.expect(add(uid, "web", netns), Ok(()), &asked.each_ref().map(String::as_str)).await;
+    }
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    scene.roster.agent_connected();
+    scene.expect(Request::Keep(WorkloadUid("b".into())), Ok(()), &[]).await;
+    scene.expect(Request::SnapshotSent, Ok(()), &["stop a", "release"]).await;
+    assert_eq!(scene.kept_uids(), BTreeSet::from(["b".to_owned()]));
+}
+
+#[tokio::test]
+async fn namespaces_that_a_dead_proxy_captured_are_released_after_the_snapshot_only() {
+    let mut scene = scene(Vec::new());
+    scene.host.captured.lock().expect("lock").insert(4711);
+    scene.roster.settle().await;
+    scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(Request::SnapshotSent, Ok(()), &["release unknown"]).await;
+    assert_eq!(scene.host.captured.lock().expect("lock").len(), 1);
+}
+
+#[tokio::test]
+async fn settling_captures_what_the_kernel_forgot_and_asks_for_certificates() {
+    let scene = scene(vec![workload("a", "a", true)]);
+    scene.roster.settle().await;
+    assert_eq!(scene.host.asked(), ["serve a", "renew a", "certificate web"]);
+    scene.roster.settle().await;
+    assert_eq!(scene.host.asked(), ["certificate web"]);
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_take_the_listeners_is_reported_and_the_workload_served() {
+    let mut scene = scene(Vec::new());
+    scene.host.fail("keep");
+    scene.expect(add("a", "web", &file()), Err("cannot be kept for a restart"), &["capture a", "serve a"]).await;
+    assert_eq!(scene.served(), ["a"]);
+}
