@@ -138,6 +138,13 @@ impl CertSchedule {
         }
     }
 
+    /// Roots have changed: renews everything within `within_secs`, spread evenly by chance.
+    pub fn renew_all(&mut self, now_secs: u64, within_secs: u64, rng: &mut impl Rng) {
+        for entry in self.entries.values_mut().filter(|entry| !entry.in_flight) {
+            entry.due_at_secs = entry.due_at_secs.min(now_secs + rng.random_range(0..=within_secs));
+        }
+    }
+
     /// Identities to request now, in order. Each is on its way until it is issued, failed, or
     /// [`REQUEST_TIMEOUT_SECS`] have passed.
     pub fn due(&mut self, now_secs: u64, rng: &mut impl Rng) -> Vec<SpiffeId> {

@@ -5,9 +5,12 @@
 
 pub mod accept;
 pub mod access_log;
+pub mod ca_client;
 pub mod capture;
+pub mod certificates;
 pub mod config;
 pub mod connections;
+pub mod controller;
 pub mod dial;
 pub mod enrol;
 pub mod hbone;
@@ -20,7 +23,9 @@ pub mod outbound;
 pub mod relay;
 pub mod runtime;
 pub mod seqpacket;
+pub mod snapshot_store;
 pub mod supervisor;
 pub mod tls;
 pub mod wire;
 pub mod workers;
+pub mod xds;

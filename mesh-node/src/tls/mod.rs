@@ -57,6 +57,16 @@ pub fn client_config(
     Ok(Arc::new(config))
 }
 
+/// Configuration of a client of the controller, whose server certificate must chain to `roots`.
+pub fn controller_client_config(roots: rustls::RootCertStore) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let mut config = ClientConfig::builder_with_provider(provider::provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    Ok(Arc::new(config))
+}
+
 /// Builds what proves an identity out of a chain and its PKCS#8 key.
 pub fn certified_key(
     chain: Vec<rustls_pki_types::CertificateDer<'static>>,

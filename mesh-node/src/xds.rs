@@ -1,0 +1,375 @@
+//! Configuration from the controller: a delta stream of workloads, services and policies.
+//!
+//! Here: the stream, what is acknowledged and refused, when a configuration is put in force and stored. What a resource
+//! means is `mesh_api::wds`, what follows from it is `mesh_core`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::proto::xds::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as RpcStatus};
+use mesh_api::wds;
+use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use mesh_core::snapshot::{Change, Snapshot};
+use prost_types::Struct;
+use prost_types::value::Kind;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Streaming};
+
+use crate::controller::{ControllerConfig, FileError, explain};
+use crate::runtime::Shared;
+use crate::snapshot_store::{self, Stored, Versions, type_index};
+
+/// Called after the view was swapped.
+pub type Changed = Arc<dyn Fn() + Send + Sync>;
+
+/// The types, policies first: a workload must not be known before the policies that guard it.
+const TYPES: [&str; 2] = [AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL];
+/// Largest response, bytes: one holds the whole state of a type.
+const MAX_RESPONSE_BYTES: usize = 256 << 20;
+/// Resources held, of both types together.
+const MAX_RESOURCES: usize = 1_000_000;
+/// Requests that wait to be sent: an answer for each type, and room.
+const REQUEST_QUEUE: usize = 16;
+/// Characters of what is said about refused resources.
+const MAX_REASON_CHARS: usize = 4096;
+/// Wait before the first try to connect again; doubles up to [`BACKOFF_MAX`].
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+/// Longest wait between tries.
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// The configuration is stored at most this often.
+const STORE_EVERY: Duration = Duration::from_secs(1);
+/// A controller that could not be reached is complained about this often.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// Where the configuration in force comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ConfigSource {
+    /// There is none.
+    #[default]
+    None,
+    /// The last good one of an earlier process.
+    Snapshot,
+    /// The controller.
+    Controller,
+}
+
+impl ConfigSource {
+    /// As the admin interface shows it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Snapshot => "snapshot",
+            Self::Controller => "controller",
+        }
+    }
+}
+
+/// How the stream is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct XdsStatus {
+    /// The stream is up.
+    pub connected: bool,
+    /// Where the configuration in force comes from.
+    pub source: ConfigSource,
+    /// There is one.
+    pub synced: bool,
+    /// Why the stream ended last.
+    pub last_error: Option<String>,
+    /// Resources refused since the start.
+    pub refused: u64,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error("{0}")]
+    File(#[from] FileError),
+    #[error("{0}")]
+    Channel(#[from] tonic::transport::Error),
+    #[error("{}", explain(.0))]
+    Rpc(#[from] tonic::Status),
+    #[error("the controller ended the stream")]
+    Ended,
+}
+
+/// The client, and what it holds.
+pub struct XdsClient {
+    controller: ControllerConfig,
+    state_dir: PathBuf,
+    shared: Arc<Shared>,
+    changed: Changed,
+    status: watch::Sender<XdsStatus>,
+    snapshot: Arc<Snapshot>,
+    versions: [Versions; 2],
+    /// Types that this or an earlier stream has sent in full.
+    seen: [bool; 2],
+    /// The next moment at which a changed configuration may be stored.
+    store_at: Option<Instant>,
+    complained: Option<Instant>,
+}
+
+impl std::fmt::Debug for XdsClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("XdsClient").field("controller", &self.controller.address).finish_non_exhaustive()
+    }
+}
+
+impl XdsClient {
+    /// A client that begins with what was stored, which is put in force at once.
+    pub fn new(
+        controller: ControllerConfig,
+        state_dir: PathBuf,
+        stored: Option<Stored>,
+        shared: Arc<Shared>,
+        changed: Changed,
+    ) -> (Self, watch::Receiver<XdsStatus>) {
+        let empty = Snapshot::in_network(&controller.network);
+        let has_stored = stored.is_some();
+        let Stored { changes, versions } = stored.unwrap_or_default();
+        let (status, receiver) = watch::channel(XdsStatus::default());
+        let client = Self {
+            controller,
+            state_dir,
+            shared,
+            changed,
+            status,
+            snapshot: Arc::new(empty.apply(&changes)),
+            versions,
+            seen: [has_stored; 2],
+            store_at: None,
+            complained: None,
+        };
+        if has_stored {
+            client.publish(ConfigSource::Snapshot);
+        }
+        (client, receiver)
+    }
+
+    /// Keeps a stream up until cancelled.
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut backoff = BACKOFF_FIRST;
+        loop {
+            let error = tokio::select! {
+                () = cancel.cancelled() => break,
+                error = self.stream(&mut backoff) => error,
+            };
+            self.status.send_modify(|status| {
+                status.connected = false;
+                status.last_error = Some(error.to_string());
+            });
+            self.complain(&error);
+            let wait = backoff.mul_f64(rand::random_range(0.5..1.0));
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = self.wait_and_store(wait) => {}
+            }
+        }
+        if self.store_at.take().is_some() {
+            self.store().await;
+        }
+    }
+
+    fn complain(&mut self, error: &StreamError) {
+        let again = self.complained.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY);
+        if again {
+            self.complained = Some(Instant::now());
+            tracing::warn!(controller = self.controller.address, %error, "no configuration stream; trying again");
+        } else {
+            tracing::debug!(controller = self.controller.address, %error, "no configuration stream");
+        }
+    }
+
+    async fn wait_and_store(&mut self, wait: Duration) {
+        let end = Instant::now() + wait;
+        if let Some(at) = self.store_at.filter(|at| *at <= end) {
+            sleep_until(at).await;
+            self.store_at = None;
+            self.store().await;
+        }
+        sleep_until(end).await;
+    }
+
+    /// One stream, until it ends.
+    async fn stream(&mut self, backoff: &mut Duration) -> StreamError {
+        match self.open().await {
+            Ok((requests, responses)) => match self.follow(requests, responses, backoff).await {
+                Ok(()) => StreamError::Ended,
+                Err(error) => error,
+            },
+            Err(error) => error,
+        }
+    }
+
+    async fn open(
+        &self,
+    ) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), StreamError> {
+        let mut client = AggregatedDiscoveryServiceClient::new(self.controller.channel()?)
+            .max_decoding_message_size(MAX_RESPONSE_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES);
+        let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
+        for (position, type_url) in TYPES.into_iter().enumerate() {
+            let initial = type_index(type_url).map(|index| self.versions[index].clone()).unwrap_or_default();
+            let request = DeltaDiscoveryRequest {
+                node: (position == 0).then(|| self.node()),
+                type_url: type_url.to_owned(),
+                initial_resource_versions: initial,
+                ..Default::default()
+            };
+            // The queue has room for more than the types.
+            let _ = requests.try_send(request);
+        }
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        request.metadata_mut().insert("authorization", self.controller.authorization()?);
+        let responses = client.delta_aggregated_resources(request).await?.into_inner();
+        Ok((requests, responses))
+    }
+
+    async fn follow(
+        &mut self,
+        requests: mpsc::Sender<DeltaDiscoveryRequest>,
+        mut responses: Streaming<DeltaDiscoveryResponse>,
+        backoff: &mut Duration,
+    ) -> Result<(), StreamError> {
+        tracing::info!(controller = self.controller.address, "configuration stream is up");
+        self.status.send_modify(|status| {
+            status.connected = true;
+            status.last_error = None;
+        });
+        loop {
+            let store_at = self.store_at;
+            let response = tokio::select! {
+                response = responses.message() => response?,
+                () = async { sleep_until(store_at.unwrap_or_else(Instant::now)).await }, if store_at.is_some() => {
+                    self.store_at = None;
+                    self.store().await;
+                    continue;
+                }
+            };
+            let Some(response) = response else { return Ok(()) };
+            *backoff = BACKOFF_FIRST;
+            self.complained = None;
+            let answer = self.accept(response);
+            if requests.send(answer).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes a response: applies what is good, and says what is not.
+    fn accept(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        let mut refused = Vec::new();
+        if let Some(index) = type_index(&type_url) {
+            let mut changes = Vec::with_capacity(resources.len());
+            for resource in resources {
+                match decode(&type_url, &resource) {
+                    Ok(change) if self.has_room_for(index, &resource.name) => {
+                        self.versions[index].insert(resource.name, resource.version);
+                        changes.push(change);
+                    }
+                    Ok(_) => refused.push(format!("{}: more than {MAX_RESOURCES} resources", resource.name)),
+                    Err(reason) => refused.push(format!("{}: {reason}", resource.name)),
+                }
+            }
+            for name in &removed_resources {
+                self.versions[index].remove(name);
+                changes.extend(wds::removal(&type_url, name));
+            }
+            self.apply(index, &changes);
+        } else {
+            refused.push(format!("type {type_url} was not asked for"));
+        }
+        DeltaDiscoveryRequest {
+            error_detail: self.refusal(&type_url, &refused),
+            type_url,
+            response_nonce: nonce,
+            ..Default::default()
+        }
+    }
+
+    fn has_room_for(&self, index: usize, name: &str) -> bool {
+        self.versions.iter().map(Versions::len).sum::<usize>() < MAX_RESOURCES
+            || self.versions[index].contains_key(name)
+    }
+
+    fn refusal(&self, type_url: &str, refused: &[String]) -> Option<RpcStatus> {
+        if refused.is_empty() {
+            return None;
+        }
+        self.status.send_modify(|status| status.refused += refused.len() as u64);
+        let message: String = refused.join("; ").chars().take(MAX_REASON_CHARS).collect();
+        tracing::warn!(type_url, refused = refused.len(), reasons = message, "resources refused, last good ones stay");
+        // INVALID_ARGUMENT of google.rpc.Code.
+        Some(RpcStatus { code: 3, message, details: Vec::new() })
+    }
+
+    fn apply(&mut self, index: usize, changes: &[Change]) {
+        let was_complete = self.seen == [true; 2];
+        self.seen[index] = true;
+        if !changes.is_empty() {
+            self.snapshot = Arc::new(self.snapshot.apply(changes));
+            self.store_at.get_or_insert_with(|| Instant::now() + STORE_EVERY);
+        }
+        let complete = self.seen == [true; 2];
+        let from_controller = self.status.borrow().source == ConfigSource::Controller;
+        // Nothing is in force before all types are there: workloads without their policies would let too much in.
+        if complete && (!changes.is_empty() || !was_complete || !from_controller) {
+            self.publish(ConfigSource::Controller);
+        }
+    }
+
+    fn publish(&self, source: ConfigSource) {
+        self.shared.update(|view| view.with_snapshot(Arc::clone(&self.snapshot), true));
+        (self.changed)();
+        self.status.send_modify(|status| {
+            status.source = source;
+            status.synced = true;
+        });
+    }
+
+    async fn store(&mut self) {
+        if self.seen != [true; 2] {
+            return;
+        }
+        let (dir, snapshot, versions) = (self.state_dir.clone(), Arc::clone(&self.snapshot), self.versions.clone());
+        let saved = tokio::task::spawn_blocking(move || snapshot_store::save(&dir, &snapshot, &versions)).await;
+        if let Err(error) = saved.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked))) {
+            tracing::warn!(dir = %self.state_dir.display(), %error, "configuration not stored; trying again");
+            self.store_at = Some(Instant::now() + COMPLAIN_EVERY);
+        }
+    }
+
+    fn node(&self) -> Node {
+        let text = |value: &str| prost_types::Value { kind: Some(Kind::StringValue(value.to_owned())) };
+        let c = &self.controller;
+        let fields = [("NODE_NAME", &c.node), ("CLUSTER_ID", &c.cluster), ("NETWORK", &c.network)];
+        Node {
+            id: format!("ztunnel~0.0.0.0~{0}~{0}", c.node),
+            cluster: c.cluster.to_string(),
+            metadata: Some(Struct { fields: fields.map(|(key, value)| (key.to_owned(), text(value))).into() }),
+        }
+    }
+}
+
+/// Decodes a resource that says it is of `type_url`, and is what its name says.
+fn decode(type_url: &str, resource: &mesh_api::proto::xds::Resource) -> Result<Change, String> {
+    let any = resource.resource.as_ref().ok_or("it has no content")?;
+    if any.type_url != type_url {
+        return Err(format!("it is of type {}", any.type_url));
+    }
+    let change = wds::decode(type_url, &any.value).map_err(|error| error.to_string())?;
+    let name = match &change {
+        Change::UpsertWorkload(workload) => workload.uid.to_string(),
+        Change::UpsertService(service) => service.key.to_string(),
+        Change::UpsertPolicy(policy) => policy.name.to_string(),
+        // Decoding never says that something is gone.
+        Change::RemoveWorkload(_) | Change::RemoveService(_) | Change::RemovePolicy(_) => String::new(),
+    };
+    if name == resource.name { Ok(change) } else { Err(format!("its content is {name}")) }
+}
