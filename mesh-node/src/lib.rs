@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod access_log;
+pub mod admin;
 pub mod ca_client;
 pub mod capture;
 pub mod certificates;
@@ -14,12 +15,14 @@ pub mod controller;
 pub mod dial;
 pub mod enrol;
 pub mod hbone;
+pub mod http_server;
 pub mod identity;
 pub mod inbound;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
 pub mod outbound;
+pub mod readiness;
 pub mod relay;
 pub mod runtime;
 pub mod seqpacket;

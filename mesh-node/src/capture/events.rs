@@ -1,5 +1,6 @@
 //! Drops and refusals as they happen.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
@@ -7,6 +8,8 @@ use aya::maps::{Map, MapData, RingBuf};
 use mesh_ebpf_common::abi::Event;
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::Capture;
 use super::error::{CaptureError, context};
@@ -61,6 +64,15 @@ impl Events {
                 return Some(event.into());
             }
         }
+    }
+}
+
+impl Events {
+    /// For waiting on a runtime.
+    pub fn into_async(self) -> io::Result<AsyncFd<Self>> {
+        // SAFETY: `as_raw_fd` is the ring's descriptor, which `self` owns: the same one, open, as long as `self` lives.
+        let registered = unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) };
+        Ok(registered?)
     }
 }
 
