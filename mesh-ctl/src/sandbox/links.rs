@@ -57,8 +57,9 @@ async fn apply_one(handle: &Handle, op: &NetOp) -> Result<()> {
     }
 }
 
+/// The peer cannot be set up here: while the pair is being made it has no peer of its own yet, and says ENOTCONN.
 fn peer_message(name: &str, netns: &File) -> rtnetlink::packet_route::link::LinkMessage {
-    LinkMessageBuilder::<LinkUnspec>::new().name(name).setns_by_fd(netns.as_raw_fd()).up().build()
+    LinkMessageBuilder::<LinkUnspec>::new().name(name).setns_by_fd(netns.as_raw_fd()).build()
 }
 
 async fn add_route(handle: &Handle, to: Option<(IpAddr, u8)>, via: Option<IpAddr>, link: u32) -> Result<()> {
@@ -68,10 +69,9 @@ async fn add_route(handle: &Handle, to: Option<(IpAddr, u8)>, via: Option<IpAddr
     let mut route = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(network, prefix)
         .context("destination")?
-        .output_interface(link)
-        .onlink();
+        .output_interface(link);
     match via {
-        Some(gateway) => route = route.gateway(gateway).context("gateway")?,
+        Some(gateway) => route = route.onlink().gateway(gateway).context("gateway")?,
         None => route = route.scope(rtnetlink::packet_route::route::RouteScope::Link),
     }
     Ok(handle.route().add(route.build()).execute().await?)

@@ -124,7 +124,7 @@ pub fn plan_workload(topology: &Topology, workload: &Workload, layout: &Layout) 
         peer: WORKLOAD_LINK.into(),
     };
     plan.steps.push(Step::Net { netns: layout.netns(&workload.node), ops: vec![veth] });
-    let mut ops = vec![NetOp::Up("lo".into())];
+    let mut ops = vec![NetOp::Up("lo".into()), NetOp::Up(WORKLOAD_LINK.into())];
     for ((address, gateway), (_, prefix)) in
         addresses.into_iter().zip(Topology::gateway(node)).zip(Topology::pod_networks(node))
     {
@@ -199,7 +199,7 @@ impl Plan {
         self.steps.push(Step::Net { netns: layout.netns(a.0), ops: vec![veth] });
         for ((here, number), (there, peer)) in [(a, b), (b, a)] {
             let link = host_link(there);
-            let mut ops = Vec::new();
+            let mut ops = vec![NetOp::Up(link.clone())];
             for address in Topology::host_addresses(number) {
                 ops.push(NetOp::Address { link: link.clone(), address, prefix: full_prefix(address) });
             }
