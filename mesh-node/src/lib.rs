@@ -6,9 +6,12 @@
 pub mod accept;
 pub mod access_log;
 pub mod admin;
+pub mod app;
 pub mod ca_client;
 pub mod capture;
 pub mod certificates;
+pub mod check;
+pub mod cli;
 pub mod config;
 pub mod connections;
 pub mod controller;

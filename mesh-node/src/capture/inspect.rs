@@ -1,7 +1,7 @@
 //! What `mesh-ctl bpf` and the metrics show: counters, maps, programs.
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict, counter_index};
@@ -9,6 +9,7 @@ use mesh_ebpf_common::outcome::{Hook, Reason, Verdict, counter_index};
 use super::Capture;
 use super::error::{CaptureError, context};
 use super::pins::{CLSACT_SUFFIX, entries};
+use super::programs::CGROUP_PROGRAMS;
 use super::sys;
 
 /// How often a hook had an outcome, since the maps were created.
@@ -143,6 +144,18 @@ fn target(link: &sys::LinkInfo) -> String {
         // We make no other links.
         other => format!("link type {other}"),
     }
+}
+
+/// What is attached to a cgroup at the hooks that capture uses, whoever attached it: `connect4 (program 12)`.
+pub fn attached_to_cgroup(cgroup: &Path) -> Result<Vec<String>, CaptureError> {
+    let what = || format!("read what is attached to {}", cgroup.display());
+    let directory = context(std::fs::File::open(cgroup), what)?;
+    let mut found = Vec::new();
+    for (program, kind) in CGROUP_PROGRAMS {
+        let ids = context(sys::attached(directory.as_fd(), kind), what)?;
+        found.extend(ids.iter().map(|id| format!("{program} (program {id})")));
+    }
+    Ok(found)
 }
 
 /// Name, and whether its keys can be walked to count entries.

@@ -37,8 +37,9 @@ pub use cleanup::cleanup;
 pub use enroll::{EnrollRequest, Enrollment};
 pub use error::CaptureError;
 pub use events::{CaptureEvent, Events};
-pub use inspect::{Count, MapRow, ProgramRow};
+pub use inspect::{Count, MapRow, ProgramRow, attached_to_cgroup};
 pub use netns::{Interface, LinkLayer, in_netns, netns_cookie};
+pub use programs::object_size;
 
 use error::context;
 use pins::Pins;

@@ -16,7 +16,7 @@ use super::sys::{self, AttachType, Target};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
 /// Programs attached to the workloads' cgroup. The order of attachment matters: whoever is rewritten must be noted.
-const CGROUP_PROGRAMS: [(&str, AttachType); 7] = [
+pub(super) const CGROUP_PROGRAMS: [(&str, AttachType); 7] = [
     ("sock_ops", AttachType::SockOps),
     ("getpeername4", AttachType::Getpeername4),
     ("getpeername6", AttachType::Getpeername6),
@@ -35,6 +35,11 @@ pub(super) const EGRESS_L2_PROGRAM: &str = "tc_egress_l2";
 pub(super) const EGRESS_L3_PROGRAM: &str = "tc_egress_l3";
 /// All that attach to interfaces.
 pub(super) const INTERFACE_PROGRAMS: [&str; 3] = [INGRESS_PROGRAM, EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM];
+
+/// Size of the built-in object in bytes; `None` when the binary was built without.
+pub fn object_size() -> Option<usize> {
+    (!OBJECT.is_empty()).then_some(OBJECT.len())
+}
 
 /// The loaded programs of this process' version.
 pub(super) struct Programs {

@@ -17,6 +17,7 @@ const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
@@ -119,6 +120,18 @@ struct IdAttr {
     id: u32,
     next_id: u32,
     flags: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct QueryAttr {
+    target_fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_count: u32,
+    pad: u32,
 }
 
 /// The head of `struct bpf_link_info`.
@@ -243,6 +256,24 @@ pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
 
 pub(super) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     descriptor(bpf(BPF_PROG_GET_FD_BY_ID, &mut IdAttr { id, ..IdAttr::default() })?)
+}
+
+/// Programs that a cgroup reports at one place, however many more there are.
+const MAX_QUERIED: usize = 64;
+
+/// Ids of the programs that are attached to a cgroup at one place.
+pub(super) fn attached(cgroup: BorrowedFd<'_>, kind: AttachType) -> io::Result<Vec<u32>> {
+    let mut ids = [0_u32; MAX_QUERIED];
+    let mut attr = QueryAttr {
+        target_fd: raw(cgroup),
+        attach_type: kind as u32,
+        prog_ids: ids.as_mut_ptr() as u64,
+        prog_count: u32::try_from(ids.len()).map_err(io::Error::other)?,
+        ..QueryAttr::default()
+    };
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    let count = usize::try_from(attr.prog_count).unwrap_or_default().min(ids.len());
+    Ok(ids[..count].to_vec())
 }
 
 fn element<K: Plain>(map: BorrowedFd<'_>, key: &K, value: u64, flags: u64) -> ElementAttr {

@@ -25,7 +25,7 @@ use mesh_core::workload::WorkloadUid;
 use crate::runtime::Enrolled;
 
 pub use kept::{Adopted, adopt};
-pub use kernel::{Captured, NotCaptured, capture, renew};
+pub use kernel::{Captured, NotCaptured, capture, chain, renew};
 pub use metrics::EnrolMetrics;
 pub use roster::Roster;
 pub use session::Session;

@@ -1,0 +1,67 @@
+//! This node, as enrolment acts on it.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use mesh_core::identity::SpiffeId;
+use mesh_core::workload::WorkloadUid;
+
+use crate::capture::Capture;
+use crate::certificates::CertificatesHandle;
+use crate::enrol::{self, Captured, CertificateAnswer, Host, NotCaptured};
+use crate::runtime::Enrolled;
+use crate::supervisor::client::StoreClient;
+use crate::workers::DataPath;
+
+/// Kernel, supervisor, data path and certificates.
+pub(super) struct NodeHost {
+    pub(super) capture: Arc<Capture>,
+    pub(super) store: Arc<StoreClient>,
+    pub(super) datapath: Arc<DataPath>,
+    pub(super) certificates: CertificatesHandle,
+}
+
+impl Host for NodeHost {
+    fn capture(&self, uid: &WorkloadUid, netns: OwnedFd) -> Result<Captured, NotCaptured> {
+        enrol::capture(&self.capture, uid, netns)
+    }
+
+    fn renew(&self, workload: &Enrolled) -> Result<(), String> {
+        enrol::renew(&self.capture, workload)
+    }
+
+    fn release(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), String> {
+        self.capture.unenroll(cookie, netns).map_err(|error| enrol::chain(&error))
+    }
+
+    fn captured(&self) -> Result<Vec<u64>, String> {
+        let adopted = self.capture.adopt().map_err(|error| enrol::chain(&error))?;
+        Ok(adopted.into_iter().map(|workload| workload.cookie).collect())
+    }
+
+    fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.store.put(name, &fd)
+    }
+
+    fn forget(&self, name: &str) -> io::Result<()> {
+        self.store.del(name)
+    }
+
+    fn serve(&self, workload: Arc<Enrolled>) {
+        self.datapath.serve(workload);
+    }
+
+    fn stop(&self, uid: &WorkloadUid) {
+        self.datapath.stop(uid);
+    }
+
+    fn certificate(&self, id: SpiffeId) -> CertificateAnswer {
+        let certificates = self.certificates.clone();
+        Box::pin(async move { certificates.want(id).await })
+    }
+
+    fn give_up_certificate(&self, id: &SpiffeId) {
+        self.certificates.release(id);
+    }
+}

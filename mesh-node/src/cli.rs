@@ -1,0 +1,64 @@
+//! What the verbs of the command line do.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+
+use crate::config::{CleanupArgs, Cli, Command, Config};
+use crate::{app, capture, check, logging, supervisor};
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Run(config) => run(*config),
+        Command::Proxy(config) => return app::main(&config),
+        Command::Cleanup(args) => cleanup(&args),
+        Command::Check => Ok(check::run()),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("mesh-node: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// The supervisor. The proxy is this program again, with the same flags.
+fn run(config: Config) -> anyhow::Result<ExitCode> {
+    logging::init(config.log_format);
+    if let Some(cgroup) = &config.own_cgroup {
+        enter_cgroup(cgroup)?;
+    }
+    let mut args = vec![OsString::from("proxy")];
+    args.extend(std::env::args_os().skip(2));
+    let status = supervisor::run(supervisor::Options {
+        state_dir: config.state_dir,
+        takeover: config.takeover,
+        program: std::env::current_exe().context("path of this program")?,
+        args,
+        drain: config.drain,
+    })?;
+    Ok(ExitCode::from(status))
+}
+
+fn enter_cgroup(cgroup: &Path) -> anyhow::Result<()> {
+    let procs = cgroup.join("cgroup.procs");
+    std::fs::write(&procs, std::process::id().to_string()).with_context(|| format!("write {}", procs.display()))
+}
+
+fn cleanup(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
+    let removed = capture::cleanup(&args.bpffs)?;
+    for what in &removed {
+        println!("removed {what}");
+    }
+    if removed.is_empty() {
+        println!("nothing was pinned in {}", args.bpffs.display());
+    }
+    let Some(cgroup) = &args.cgroup else { return Ok(ExitCode::SUCCESS) };
+    let left = capture::attached_to_cgroup(cgroup)?;
+    for program in &left {
+        println!("still attached to {}: {program}; a process holds it: is a node proxy running?", cgroup.display());
+    }
+    Ok(if left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
