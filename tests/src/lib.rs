@@ -3,3 +3,5 @@
 pub mod bench;
 
 pub mod capture_bed;
+
+pub mod sandbox_bed;

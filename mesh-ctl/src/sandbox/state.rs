@@ -207,10 +207,14 @@ impl Lock {
     pub fn take(layout: &Layout) -> Result<Self> {
         let path = layout.lock();
         let parent = Path::new(super::layout::RUN_ROOT);
-        super::files::private_dir(parent)?;
         for _ in 0..LOCK_ATTEMPTS {
-            let file = File::options().create(true).truncate(false).write(true).open(&path);
-            let file = file.with_context(|| format!("open {}", path.display()))?;
+            super::files::private_dir(parent)?;
+            let file = match File::options().create(true).truncate(false).write(true).open(&path) {
+                Ok(file) => file,
+                // The last of the other sandboxes has just taken the directory with it.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e).with_context(|| format!("open {}", path.display())),
+            };
             let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
                 bail!("another mesh-ctl is changing the sandbox `{}` now; try again when it has ended", layout.name);
             };
