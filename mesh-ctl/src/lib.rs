@@ -4,5 +4,9 @@
 //! connection may do is asked of the node that would decide it.
 
 pub mod admin;
+pub mod cli;
 pub mod exit;
+pub mod render;
 pub mod sandbox;
+pub mod target;
+pub mod verbs;

@@ -89,6 +89,7 @@ pub fn document(value: &Value, format: Format) -> Result<String> {
     }
 }
 
+#[derive(Clone, Copy)]
 enum Width {
     Narrow,
     Wide,
@@ -107,7 +108,7 @@ fn table<R: Row>(rows: &[R], headers: bool, width: Width) -> String {
         })
         .collect();
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     if headers {
         table.set_header(shown.iter().map(|(_, name)| *name));
     }
@@ -136,10 +137,9 @@ pub fn age(secs: u64) -> String {
 
 /// The last part of a SPIFFE identity's path: `NAMESPACE/SERVICE-ACCOUNT`, or the text as it is.
 pub fn short_identity(identity: &str) -> String {
-    identity.parse::<mesh_core::identity::SpiffeId>().map_or_else(
-        |_| identity.to_string(),
-        |id| format!("{}/{}", id.namespace, id.service_account),
-    )
+    identity
+        .parse::<mesh_core::identity::SpiffeId>()
+        .map_or_else(|_| identity.to_string(), |id| format!("{}/{}", id.namespace, id.service_account))
 }
 
 #[cfg(test)]

@@ -101,6 +101,14 @@ impl Section {
     }
 }
 
+impl<T> Gathered<T> {
+    /// The same about a part of each answer.
+    pub fn map<U>(self, part: impl Fn(T) -> U) -> Gathered<U> {
+        let answers = self.answers.into_iter().map(|a| OnNode { node: a.node, item: part(a.item) });
+        Gathered { answers: answers.collect(), errors: self.errors }
+    }
+}
+
 impl<T> Gathered<Vec<T>> {
     /// One element an item; errors go to stderr.
     pub fn rows(self) -> Listed<T> {
@@ -119,6 +127,15 @@ pub struct Listed<T> {
     pub rows: Vec<OnNode<T>>,
     /// Errors of the others.
     pub errors: Vec<anyhow::Error>,
+}
+
+impl<T> Listed<T> {
+    /// Only rows whose item is wanted.
+    #[must_use]
+    pub fn filter(mut self, wanted: impl Fn(&T) -> bool) -> Self {
+        self.rows.retain(|row| wanted(&row.item));
+        self
+    }
 }
 
 impl Target {
@@ -152,7 +169,9 @@ impl Target {
                     let node = item["node"].as_str().unwrap_or_default().to_string();
                     match serde_json::from_value(item[section.key()].clone()) {
                         Ok(item) => gathered.answers.push(OnNode { node, item }),
-                        Err(e) => gathered.errors.push(anyhow!(BadInput(format!("dump of node {node}, {}: {e}", section.key())))),
+                        Err(e) => gathered
+                            .errors
+                            .push(anyhow!(BadInput(format!("dump of node {node}, {}: {e}", section.key())))),
                     }
                 }
             }
@@ -176,7 +195,9 @@ impl Target {
     pub async fn controller(&self) -> Result<Option<ControllerStatus>> {
         match self {
             Self::Dump(dump) if dump["controller"].is_null() => Ok(None),
-            Self::Dump(dump) => Ok(Some(serde_json::from_value(dump["controller"].clone()).context("dump of the controller")?)),
+            Self::Dump(dump) => {
+                Ok(Some(serde_json::from_value(dump["controller"].clone()).context("dump of the controller")?))
+            }
             Self::Sockets(Sockets { controller: None, .. }) => Ok(None),
             Self::Sockets(Sockets { controller: Some(socket), .. }) => {
                 Ok(Some(admin::get(socket, "/status").await.context("controller")?))
@@ -213,7 +234,8 @@ impl Target {
 }
 
 impl NodeSocket {
-    fn label(&self) -> String {
+    /// Its node's name, or its path.
+    pub fn label(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.socket.display().to_string())
     }
 }
