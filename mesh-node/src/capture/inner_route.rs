@@ -1,8 +1,8 @@
 //! Routing for the proxy's own connection to the application, which carries the client's address.
 //!
 //! That connection leaves and arrives in one namespace: the proxy marks its socket, `tcp_fwmark_accept` makes the
-//! application's accepted socket inherit the mark, and marked packets are routed to loopback, so that the answers to
-//! the client's address find the proxy. By netlink, without iptables.
+//! application's accepted socket inherit the mark, `fwmark_reflect` does it for refusals, and marked packets are routed
+//! to loopback, so that the answers to the client's address find the proxy. By netlink, without iptables.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,6 +13,8 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Refusals have no socket to take the mark from: without these a dial to a port where nobody listens would time out.
+const FWMARK_REFLECT: [&str; 2] = ["/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect"];
 const LOOPBACK_IFINDEX: u32 = 1;
 /// Before `main` (32766), and where nothing else is by default.
 const RULE_PRIORITY: u32 = 1338;
@@ -20,6 +22,7 @@ const RULE_PRIORITY: u32 = 1338;
 /// Sets routing up in the calling thread's namespace; again is fine.
 pub(super) fn set_up() -> io::Result<()> {
     std::fs::write(FWMARK_ACCEPT, "1")?;
+    set_reflect("1")?;
     with_netlink(|handle| async move {
         let v4 = handle.rule().add().v4().fw_mark(INNER_MARK).table_id(INNER_MARK).priority(RULE_PRIORITY);
         exists_is_fine(v4.action(RuleAction::ToTable).execute().await)?;
@@ -33,6 +36,7 @@ pub(super) fn set_up() -> io::Result<()> {
 /// Undoes [`set_up`] in the calling thread's namespace; what is not there is fine.
 pub(super) fn tear_down() -> io::Result<()> {
     std::fs::write(FWMARK_ACCEPT, "0")?;
+    set_reflect("0")?;
     with_netlink(|handle| async move {
         let mut rules: Vec<RuleMessage> = Vec::new();
         for request in [handle.rule().add().v4().message_mut().clone(), handle.rule().add().v6().message_mut().clone()]
@@ -47,6 +51,17 @@ pub(super) fn tear_down() -> io::Result<()> {
         }
         Ok(())
     })
+}
+
+fn set_reflect(value: &str) -> io::Result<()> {
+    for path in FWMARK_REFLECT {
+        match std::fs::write(path, value) {
+            // A kernel or a namespace without IPv6 has no such file.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => {}
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 fn rule(mut message: RuleMessage) -> RuleMessage {
