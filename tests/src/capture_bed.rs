@@ -393,3 +393,19 @@ pub fn without_net_raw<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
+
+/// Whether the kernel still has a program with this id.
+pub fn program_exists(id: u32) -> bool {
+    const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
+    let attr = [id, 0, 0];
+    // SAFETY: the attribute has the size given.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_GET_FD_BY_ID, attr.as_ptr(), size_of_val(&attr)) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just returned this descriptor to us alone.
+        Ok(fd) if fd >= 0 => {
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            true
+        }
+        Ok(_) | Err(_) => false,
+    }
+}

@@ -1,0 +1,233 @@
+//! Loading, replacing, adopting and removing the programs.
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use mesh_ebpf_common::maps;
+use mesh_ebpf_common::outcome::{Hook, Reason};
+use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest, cleanup};
+use mesh_tests::capture_bed::proxy::{Listeners, Mesh, application};
+use mesh_tests::capture_bed::tcp::{connect, local_name};
+use mesh_tests::capture_bed::{
+    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, pod_ip, program_exists, read_line,
+};
+
+/// Where a connection goes if capture has a gap.
+const OUTSIDE: SocketAddr = SocketAddr::new(IpAddr::V4(PEER_V4), 8086);
+const REPLACEMENTS: usize = 100;
+
+fn program_ids(capture: &Capture) -> Vec<u32> {
+    capture.programs_attached().unwrap().iter().map(|row| row.id).collect()
+}
+
+#[test]
+fn a_hundred_replacements_under_load_lose_no_connection() {
+    replace_under_load(&Mesh::new(), Bed::capture);
+}
+
+#[test]
+fn a_hundred_replacements_by_clsact_lose_no_connection() {
+    replace_under_load(&Mesh::with(Bed::capture_by_clsact), Bed::capture_by_clsact);
+}
+
+fn replace_under_load(mesh: &Mesh, open: fn(&Bed) -> Capture) {
+    let outside = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+    let inside_address = SocketAddr::new(pod_ip(false), 8087);
+    let inside = application(&mesh.bed, &mesh.bed.pod, Group::App, &[inside_address]);
+    let before = program_ids(&mesh.capture);
+    let done = AtomicBool::new(false);
+    let (out, inward) = (AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let mut stream = mesh.dial(OUTSIDE).expect("dial out");
+                assert_eq!(read_line(&mut stream).expect("an answer"), format!("out {OUTSIDE}"));
+                out.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let mut stream = mesh.call(inside_address).expect("call in");
+                assert!(read_line(&mut stream).expect("an answer").starts_with("in 15006 "));
+                inward.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let listeners = mesh.proxy().listeners();
+        let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+        for _ in 0..REPLACEMENTS {
+            // A clsact filter is replaced when the namespace is at hand, at the renewal that every restart brings.
+            let next = open(&mesh.bed);
+            mesh.bed.enroll(&next, &fds);
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    assert_eq!(outside.accepted(), 0, "uncaptured connections out, of {out:?}");
+    assert_eq!(inside.accepted(), 0, "uncaptured connections in, of {inward:?}");
+    assert!(out.into_inner() > 100 && inward.into_inner() > 100, "there was load");
+    let after = program_ids(&mesh.capture);
+    assert_eq!(before.len(), after.len());
+    assert!(before.iter().all(|id| !after.contains(id)), "every program is a new one: {before:?} {after:?}");
+}
+
+#[test]
+fn a_second_loader_adopts_what_the_first_left() {
+    let mesh = Mesh::new();
+    let cookie = mesh.bed.pod.cookie();
+    let listeners = mesh.proxy().listeners();
+    let Mesh { proxy, capture, bed } = mesh;
+    proxy.expect("runs").stop();
+    drop(Arc::into_inner(capture).expect("the last reference"));
+    // The first loader is gone; what it pinned still captures: the connection waits in the backlog.
+    let waiting = connect(bed.tcp(&bed.pod, Group::App, false), OUTSIDE, PATIENCE).expect("in the backlog");
+    let second = bed.capture();
+    let adopted = second.adopt().unwrap();
+    assert_eq!(adopted.len(), 1);
+    assert_eq!((adopted[0].cookie, adopted[0].v4, adopted[0].v6), (cookie, Some(POD_V4), Some(POD_V6)));
+    assert_eq!(count(&second, Hook::Connect4, Reason::Captured), 1, "counted while nobody was there");
+    let port = local_name(waiting.as_fd()).unwrap().port();
+    let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    assert_eq!(second.original_dst(cookie, peer).unwrap(), Some(OUTSIDE), "the note survived");
+    assert_eq!(second.original_dst(cookie, peer).unwrap(), None, "a note is taken once");
+    let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    assert_eq!(bed.enroll(&second, &fds).preexisting, 0, "a renewal looks for no old connections");
+}
+
+#[test]
+fn cleanup_leaves_nothing_and_says_what_it_removed() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mut mesh = Mesh::with(open);
+        let outside = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+        assert_eq!(mesh.bed.pod.read_sysctl("ipv4/tcp_fwmark_accept"), "1");
+        assert!(mesh.bed.pod.ip(&["rule"]).contains("0x53a") && mesh.bed.pod.ip(&["-6", "rule"]).contains("0x53a"));
+        mesh.proxy.take().expect("runs").stop();
+        let ids = program_ids(&mesh.capture);
+        let removed = cleanup(&mesh.bed.bpffs()).unwrap();
+        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "v1"] {
+            assert!(removed.iter().any(|line| line.contains(part)), "{part} is not in {removed:#?}");
+        }
+        // The kernel puts two files of its own into every such file system.
+        let left = std::fs::read_dir(mesh.bed.bpffs()).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = left.filter(|name| name != "maps.debug" && name != "progs.debug").collect();
+        assert!(left.is_empty(), "{left:?}");
+        assert_eq!(mesh.bed.pod.read_sysctl("ipv4/tcp_fwmark_accept"), "0");
+        assert!(!mesh.bed.pod.ip(&["rule"]).contains("0x53a") && !mesh.bed.pod.ip(&["-6", "rule"]).contains("0x53a"));
+        assert!(!mesh.bed.pod.ip(&["route", "show", "table", "all"]).contains("table 1338"));
+        assert!(!mesh.bed.pod.ip(&["-6", "route", "show", "table", "all"]).contains("table 1338"));
+        let mut stream = mesh.dial(OUTSIDE).expect("uncaptured");
+        assert_eq!(read_line(&mut stream).unwrap(), "app");
+        assert_eq!(outside.accepted(), 1);
+        let Mesh { capture, bed, .. } = mesh;
+        drop(capture);
+        eventually("the programs are unloaded", || ids.iter().all(|id| !program_exists(*id)));
+        assert_eq!(cleanup(&bed.bpffs()).unwrap(), Vec::<String>::new(), "nothing is left to remove");
+    }
+}
+
+#[test]
+fn a_workload_that_leaves_is_free_again() {
+    let mut mesh = Mesh::new();
+    let outside = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+    mesh.proxy.take().expect("runs").stop();
+    let cookie = mesh.bed.pod.cookie();
+    mesh.capture.unenroll(cookie, Some(mesh.bed.pod.fd())).unwrap();
+    assert_eq!(mesh.capture.adopt().unwrap(), Vec::new());
+    let mut stream = mesh.dial(OUTSIDE).expect("uncaptured");
+    assert_eq!(read_line(&mut stream).unwrap(), "app");
+    assert_eq!(outside.accepted(), 1);
+    let row = mesh.capture.maps().unwrap().into_iter().find(|row| row.name == maps::WORKLOADS).unwrap();
+    assert_eq!((row.entries, row.kind), (Some(0), "hash"));
+    // Again is fine, also for a namespace that was never enrolled.
+    mesh.capture.unenroll(cookie, Some(mesh.bed.pod.fd())).unwrap();
+    mesh.capture.unenroll(cookie + 1_000_000, None).unwrap();
+    let listeners = Listeners::open(&mesh.bed, &mesh.bed.pod);
+    mesh.bed.enroll(&mesh.capture, &listeners.fds());
+    assert_eq!(mesh.capture.adopt().unwrap().len(), 1);
+}
+
+#[test]
+fn an_application_that_holds_a_port_keeps_its_workload_closed() {
+    for port in [15001, 15006, 15008] {
+        let bed = Bed::new();
+        let capture = bed.capture();
+        let held = SocketAddr::new(pod_ip(false), port);
+        let app = application(&bed, &bed.pod, Group::App, &[held]);
+        let outside = application(&bed, &bed.peer, Group::Outside, &[OUTSIDE]);
+        let error = capture.enroll(&bed.request(&[])).expect_err("the port is held");
+        assert!(matches!(&error, CaptureError::PortHeld { address, .. } if *address == held), "{error:?}");
+        let text = chain(&error);
+        assert!(text.contains(&port.to_string()) && text.contains("test/pod"), "{text}");
+        connect(bed.tcp(&bed.pod, Group::App, false), OUTSIDE, PATIENCE).expect_err("closed outward");
+        let inward = bed.tcp(&bed.peer, Group::Outside, false);
+        connect(inward, held, Duration::from_millis(400)).expect_err("closed inward");
+        assert_eq!((app.accepted(), outside.accepted()), (0, 0), "{}", counts(&capture));
+    }
+}
+
+#[test]
+fn the_proxy_must_have_a_cgroup_of_its_own() {
+    let bed = Bed::new();
+    let base = bed.pods_cgroup().parent().expect("the test's own").to_owned();
+    let root = base.parent().expect("the root").to_owned();
+    for proxy in [bed.pods_cgroup(), bed.cgroup(Group::App), base, root] {
+        let config = CaptureConfig { proxy_cgroup: proxy.clone(), ..bed.config() };
+        let error = Capture::open(&config).err().unwrap_or_else(|| panic!("{} was accepted", proxy.display()));
+        assert!(matches!(error, CaptureError::ProxyCgroup { .. }), "{}: {error:?}", proxy.display());
+    }
+}
+
+#[test]
+fn another_layout_version_is_refused() {
+    let bed = Bed::new();
+    std::fs::create_dir(bed.bpffs().join("v0")).unwrap();
+    let error = Capture::open(&bed.config()).err().expect("another layout");
+    assert!(matches!(&error, CaptureError::Layout { found, .. } if found == "v0"), "{error:?}");
+    cleanup(&bed.bpffs()).unwrap();
+    drop(bed.capture());
+}
+
+#[test]
+fn a_directory_that_is_no_bpffs_is_refused() {
+    let bed = Bed::new();
+    let config = CaptureConfig { bpffs: std::env::temp_dir(), ..bed.config() };
+    let error = Capture::open(&config).err().expect("no bpffs");
+    assert!(matches!(error, CaptureError::NotBpffs(_)), "{error:?}");
+}
+
+#[test]
+fn pins_of_another_cgroup_are_refused() {
+    let bed = Bed::new();
+    drop(bed.capture());
+    let config = CaptureConfig { pods_cgroup: bed.cgroup(Group::Outside), ..bed.config() };
+    let error = Capture::open(&config).err().expect("another cgroup");
+    assert!(matches!(error, CaptureError::OtherCgroup { .. }), "{error:?}");
+}
+
+#[test]
+fn a_full_table_of_workloads_is_an_error() {
+    let bed = Bed::new();
+    let config = CaptureConfig { map_entries: vec![(maps::WORKLOADS, 1)], ..bed.config() };
+    let capture = Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)));
+    bed.enroll(&capture, &[]);
+    let second = EnrollRequest { netns: bed.peer.fd(), ..bed.request(&[]) };
+    let error = capture.enroll(&second).expect_err("no room");
+    assert!(matches!(error, CaptureError::MapFull { map: maps::WORKLOADS, entries: 1 }), "{error:?}");
+}
+
+#[test]
+fn the_programs_can_be_inspected() {
+    let mesh = Mesh::new();
+    let rows = mesh.capture.programs_attached().unwrap();
+    let cgroup = format!("cgroup {}", std::fs::metadata(mesh.bed.pods_cgroup()).unwrap().ino());
+    for (name, target) in [("connect4", &*cgroup), ("connect6", &*cgroup), ("sock_ops", &*cgroup), ("lookup", "netns")]
+    {
+        let row = rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("{name} is not in {rows:?}"));
+        assert!(row.attached_to.starts_with(target) && row.id > 0 && row.tag.len() == 16, "{row:?}");
+    }
+    assert_eq!(mesh.capture.maps().unwrap().len(), maps::ALL.len());
+}
