@@ -400,12 +400,8 @@ pub fn program_exists(id: u32) -> bool {
     let attr = [id, 0, 0];
     // SAFETY: the attribute has the size given.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_GET_FD_BY_ID, attr.as_ptr(), size_of_val(&attr)) };
-    match i32::try_from(fd) {
-        // SAFETY: the kernel has just returned this descriptor to us alone.
-        Ok(fd) if fd >= 0 => {
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            true
-        }
-        Ok(_) | Err(_) => false,
-    }
+    let Some(fd) = i32::try_from(fd).ok().filter(|fd| *fd >= 0) else { return false };
+    // SAFETY: the kernel has just returned this descriptor to us alone.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    true
 }
