@@ -81,7 +81,7 @@ fn a_second_loader_adopts_what_the_first_left() {
     let cookie = mesh.bed.pod.cookie();
     let listeners = mesh.proxy().listeners();
     let Mesh { proxy, capture, bed } = mesh;
-    proxy.expect("runs").stop();
+    proxy.expect("runs").crash();
     drop(Arc::into_inner(capture).expect("the last reference"));
     // The first loader is gone; what it pinned still captures: the connection waits in the backlog.
     let waiting = connect(bed.tcp(&bed.pod, Group::App, false), OUTSIDE, PATIENCE).expect("in the backlog");
