@@ -30,8 +30,8 @@ use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
 use crate::runtime::{OriginalDst, Shared};
-use crate::supervisor::EXIT_CONFIG;
 use crate::supervisor::client::{Kept, StoreClient};
+use crate::supervisor::{EXIT_CONFIG, process};
 use crate::workers::DataPath;
 use crate::xds::{XdsClient, XdsStatus};
 use crate::{logging, snapshot_store};
@@ -44,17 +44,7 @@ const END_WITHIN: Duration = Duration::from_secs(1);
 /// Runs the proxy until SIGTERM.
 pub fn main(config: &Config) -> ExitCode {
     let log = logging::init(config.log_format);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(CONTROL_THREADS)
-        .thread_name("control")
-        .enable_all()
-        .build();
-    let ended = runtime.context("start the runtime").and_then(|runtime| {
-        let ended = runtime.block_on(run(config, log));
-        runtime.shutdown_timeout(END_WITHIN);
-        ended
-    });
-    match ended {
+    match run_to_the_end(config, log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(error = format!("{error:#}"), "node proxy ends");
@@ -64,6 +54,19 @@ pub fn main(config: &Config) -> ExitCode {
             }
         }
     }
+}
+
+fn run_to_the_end(config: &Config, log: LogHandle) -> anyhow::Result<()> {
+    process::unblock().context("signals")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let ended = runtime.block_on(run(config, log));
+    runtime.shutdown_timeout(END_WITHIN);
+    ended
 }
 
 async fn run(config: &Config, log: LogHandle) -> anyhow::Result<()> {

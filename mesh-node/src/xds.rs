@@ -108,8 +108,9 @@ pub struct XdsClient {
     versions: [Versions; 2],
     /// Types that this or an earlier stream has sent in full.
     seen: [bool; 2],
-    /// The next moment at which a changed configuration may be stored.
+    /// When the changed configuration will be stored.
     store_at: Option<Instant>,
+    stored: Option<Instant>,
     complained: Option<Instant>,
 }
 
@@ -142,6 +143,7 @@ impl XdsClient {
             versions,
             seen: [has_stored; 2],
             store_at: None,
+            stored: None,
             complained: None,
         };
         if has_stored {
@@ -314,9 +316,13 @@ impl XdsClient {
         self.seen[index] = true;
         if !changes.is_empty() {
             self.snapshot = Arc::new(self.snapshot.apply(changes));
-            self.store_at.get_or_insert_with(|| Instant::now() + STORE_EVERY);
         }
         let complete = self.seen == [true; 2];
+        if complete && (!changes.is_empty() || !was_complete) {
+            // The first one at once: a crash right after it must not find an empty disk.
+            let now = Instant::now();
+            self.store_at.get_or_insert(self.stored.map_or(now, |last| now.max(last + STORE_EVERY)));
+        }
         let from_controller = self.status.borrow().source == ConfigSource::Controller;
         // Nothing is in force before all types are there: workloads without their policies would let too much in.
         if complete && (!changes.is_empty() || !was_complete || !from_controller) {
@@ -337,6 +343,7 @@ impl XdsClient {
         if self.seen != [true; 2] {
             return;
         }
+        self.stored = Some(Instant::now());
         let (dir, snapshot, versions) = (self.state_dir.clone(), Arc::clone(&self.snapshot), self.versions.clone());
         let saved = tokio::task::spawn_blocking(move || snapshot_store::save(&dir, &snapshot, &versions)).await;
         if let Err(error) = saved.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked))) {

@@ -117,6 +117,7 @@ impl Lifecycle {
                 false
             }
             Phase::Starting | Phase::Ready => {
+                self.unready_since = now;
                 self.phase = Phase::Draining { kill_at: now + drain + DRAIN_GRACE };
                 true
             }
@@ -125,13 +126,16 @@ impl Lifecycle {
         }
     }
 
-    /// What is due now, if anything. Start and Kill stay due until [`Self::started`] or [`Self::exited`].
+    /// What is due now, if anything. Start stays due until [`Self::started`].
     pub fn due(&mut self, now: Instant) -> Option<Due> {
         match self.phase {
             Phase::Ended => Some(Due::Exit),
-            Phase::Draining { kill_at } if now >= kill_at => Some(Due::Kill),
+            Phase::Draining { kill_at } if now >= kill_at => {
+                self.phase = Phase::Draining { kill_at: now + DRAIN_GRACE };
+                Some(Due::Kill)
+            }
             Phase::Down { start_at } if now >= start_at => Some(Due::Start),
-            Phase::Down { .. } | Phase::Starting if now >= self.next_shed() => {
+            Phase::Down { .. } | Phase::Starting | Phase::Draining { .. } if now >= self.next_shed() => {
                 self.last_shed = Some(now);
                 Some(Due::Shed)
             }
@@ -144,13 +148,17 @@ impl Lifecycle {
         match self.phase {
             Phase::Down { start_at } => Some(start_at.min(self.next_shed())),
             Phase::Starting => Some(self.next_shed()),
-            Phase::Draining { kill_at } => Some(kill_at),
+            Phase::Draining { kill_at } => Some(kill_at.min(self.next_shed())),
             Phase::Ready | Phase::Ended => None,
         }
     }
 
     fn next_shed(&self) -> Instant {
-        let first = self.unready_since + SHED_AFTER;
+        let first = match self.phase {
+            // A draining proxy accepts nothing any more, and no other will come: nobody need wait.
+            Phase::Draining { .. } => self.unready_since,
+            Phase::Down { .. } | Phase::Starting | Phase::Ready | Phase::Ended => self.unready_since + SHED_AFTER,
+        };
         self.last_shed.map_or(first, |last| first.max(last + SHED_EVERY))
     }
 }
@@ -239,8 +247,11 @@ mod tests {
         let mut lifecycle = ready_at(now);
         assert!(lifecycle.terminate(now, drain));
         assert!(!lifecycle.terminate(now + MS, drain), "told once");
-        assert_eq!(lifecycle.due(now + drain), None);
+        assert_eq!(lifecycle.due(now), Some(Due::Shed), "nobody accepts any more");
+        assert_eq!(lifecycle.due(now), None);
+        assert_eq!(lifecycle.due(now + drain), Some(Due::Shed));
         assert_eq!(lifecycle.due(now + drain + DRAIN_GRACE), Some(Due::Kill));
+        assert_ne!(lifecycle.due(now + drain + DRAIN_GRACE), Some(Due::Kill), "killed once");
         assert_eq!(lifecycle.exited(now + drain), None);
         assert_eq!(lifecycle.due(now + drain), Some(Due::Exit));
     }

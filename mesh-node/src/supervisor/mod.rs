@@ -122,7 +122,6 @@ impl Supervisor {
                 Due::Kill => {
                     warn!("proxy did not end within its drain time");
                     self.signal_proxy(Signal::SIGKILL);
-                    break;
                 }
                 Due::Exit => return Ok(Some(0)),
             }
@@ -200,7 +199,7 @@ impl Supervisor {
         if self.predecessor.is_none() {
             let connections = self.store.shed();
             if connections > 0 {
-                warn!(connections, "no proxy is ready: waiting connections reset");
+                warn!(connections, "no proxy accepts: waiting connections reset");
             }
         }
     }

@@ -80,7 +80,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Blocks the signals in this thread (children start with a clear mask) and receives them here.
+    /// Blocks the signals in this thread and receives them here. Children inherit the mask: see [`unblock`].
     pub fn block() -> io::Result<Self> {
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
@@ -102,6 +102,11 @@ impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Receives signals again that the process that started this one had blocked. Before the first thread starts.
+pub fn unblock() -> io::Result<()> {
+    Ok(SigSet::empty().thread_set_mask()?)
 }
 
 /// Raises the limit of open descriptors as far as allowed; children inherit it.
