@@ -4,4 +4,5 @@ pub mod bench;
 
 pub mod capture_bed;
 
+pub mod mesh_bed;
 pub mod sandbox_bed;

@@ -1,0 +1,98 @@
+//! The client of the tests: runs inside a workload, talks to a server that returns every byte, prints what it saw.
+//!
+//! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends; a line for each:
+//! `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
+//! line of standard input goes through it, and what comes back is printed; `closed KIND` at its end.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+/// A connection that takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["stream", addr, pause] => match (addr.parse(), pause.parse()) {
+            (Ok(addr), Ok(pause)) => stream(addr, Duration::from_millis(pause)),
+            (Ok(_) | Err(_), _) => return usage(),
+        },
+        ["hold", addr] => match addr.parse() {
+            Ok(addr) => hold(addr),
+            Err(_) => return usage(),
+        },
+        // Anything else is not a command line of ours.
+        _ => return usage(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-probe: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR");
+    ExitCode::FAILURE
+}
+
+fn stream(addr: SocketAddr, pause: Duration) -> io::Result<()> {
+    let ended = Arc::new(AtomicBool::new(false));
+    let watch = Arc::clone(&ended);
+    std::thread::spawn(move || {
+        // The end of standard input is the signal; an error means the same.
+        drop(io::copy(&mut io::stdin(), &mut io::sink()));
+        watch.store(true, Ordering::Relaxed);
+    });
+    let mut out = io::stdout().lock();
+    while !ended.load(Ordering::Relaxed) {
+        let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let clock = Instant::now();
+        let outcome = exchange(addr).map_or_else(|error| format!("{:?}", error.kind()), |()| "ok".to_owned());
+        writeln!(out, "{} {} {outcome}", started.as_micros(), clock.elapsed().as_micros())?;
+        out.flush()?;
+        std::thread::sleep(pause);
+    }
+    Ok(())
+}
+
+/// There and back, one byte.
+fn exchange(addr: SocketAddr) -> io::Result<()> {
+    let mut connection = connect(addr)?;
+    connection.write_all(b"x")?;
+    let mut byte = [0];
+    connection.read_exact(&mut byte)
+}
+
+fn hold(addr: SocketAddr) -> io::Result<()> {
+    let mut connection = connect(addr)?;
+    connection.set_read_timeout(None)?;
+    let mut back = BufReader::new(connection.try_clone()?);
+    for line in io::stdin().lines() {
+        let line = line?;
+        let mut answer = String::new();
+        let outcome = writeln!(connection, "{line}").and_then(|()| back.read_line(&mut answer));
+        match outcome {
+            Ok(0) => println!("closed Eof"),
+            Ok(_) => print!("{answer}"),
+            Err(error) => println!("closed {:?}", error.kind()),
+        }
+        io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let connection = TcpStream::connect_timeout(&addr, PATIENCE)?;
+    connection.set_read_timeout(Some(PATIENCE))?;
+    connection.set_write_timeout(Some(PATIENCE))?;
+    connection.set_nodelay(true)?;
+    Ok(connection)
+}
