@@ -134,6 +134,19 @@ impl SandboxBed {
         }
     }
 
+    /// Writes a file of the test's; it goes with the bed.
+    pub fn file(&self, name: &str, text: &str) -> PathBuf {
+        let dir = self.files();
+        fs::create_dir_all(&dir).expect("create a directory");
+        let path = dir.join(name);
+        fs::write(&path, text).expect("write a file");
+        path
+    }
+
+    fn files(&self) -> PathBuf {
+        std::env::temp_dir().join(format!("mesh-{}", self.name))
+    }
+
     /// The end of each part's log.
     pub fn logs(&self) -> String {
         let layout = self.layout();
@@ -171,6 +184,8 @@ impl Drop for SandboxBed {
         if let Err(error) = result {
             eprintln!("end the sandbox {}: {error:#}", self.name);
         }
+        // There are none unless the test wrote some.
+        let _none = fs::remove_dir_all(self.files());
     }
 }
 

@@ -21,7 +21,7 @@ pub struct Footprint {
     pub namespaces: BTreeMap<String, u64>,
     /// Processes in its cgroups, whoever started them.
     pub processes: BTreeSet<i32>,
-    /// Pinned kernel objects.
+    /// Pinned kernel objects, and the programs behind pinned links.
     pub objects: BTreeSet<KernelObject>,
 }
 
@@ -48,7 +48,7 @@ impl Footprint {
             layout: layout.clone(),
             namespaces: namespaces.collect(),
             processes: in_cgroup(&layout.cgroup),
-            objects: files_below(&layout.bpf()).iter().filter_map(|pin| pinned(pin).ok().flatten()).collect(),
+            objects: files_below(&layout.bpf()).iter().flat_map(|pin| pinned(pin).unwrap_or_default()).collect(),
         }
     }
 
@@ -106,8 +106,8 @@ impl KernelObject {
     }
 }
 
-/// The kernel object behind a file of a bpffs; none for what is something else.
-fn pinned(pin: &Path) -> io::Result<Option<KernelObject>> {
+/// The kernel object behind a file of a bpffs, and the program of a link.
+fn pinned(pin: &Path) -> io::Result<Vec<KernelObject>> {
     let path = std::ffi::CString::new(pin.as_os_str().as_bytes())?;
     let address = path.as_ptr() as u64;
     // `pathname` of BPF_OBJ_GET, a 64-bit pointer, then `bpf_fd` and `file_flags`.
@@ -118,11 +118,9 @@ fn pinned(pin: &Path) -> io::Result<Option<KernelObject>> {
     let fd = bpf(7, &mut attributes)?;
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
     let number = |key: &str| info.lines().find_map(|l| l.strip_prefix(key)?.trim().parse::<u32>().ok());
-    // The order matters: a link's description names its program, too.
-    let link = number("link_id:").map(KernelObject::Link);
-    Ok(link
-        .or_else(|| number("map_id:").map(KernelObject::Map))
-        .or_else(|| number("prog_id:").map(KernelObject::Program)))
+    let kinds: [(&str, fn(u32) -> KernelObject); 3] =
+        [("link_id:", KernelObject::Link), ("map_id:", KernelObject::Map), ("prog_id:", KernelObject::Program)];
+    Ok(kinds.into_iter().filter_map(|(key, object)| number(key).map(object)).collect())
 }
 
 fn bpf(command: i32, attributes: &mut [u32; 4]) -> io::Result<OwnedFd> {
