@@ -78,6 +78,10 @@ async fn run(config: &Config, log: LogHandle) -> anyhow::Result<()> {
         (Some(_) | None, _) => anyhow::bail!("signals"),
     };
     let (store, kept) = StoreClient::from_stdin()?;
+    let store = Arc::new(store);
+    // Open until the process is gone, with its exit status: a proxy that closes it is killed, because it could not be
+    // told from one that is stuck.
+    std::mem::forget(Arc::clone(&store));
     let mut app = App::start(config, log, store, kept, started)?;
     let ended = app.serve(&mut terminate, &mut interrupt).await;
     app.end(config.drain).await;
@@ -99,11 +103,10 @@ impl App {
     fn start(
         config: &Config,
         log: LogHandle,
-        store: StoreClient,
+        store: Arc<StoreClient>,
         mut kept: Kept,
         started: Instant,
     ) -> anyhow::Result<Self> {
-        let store = Arc::new(store);
         let capture = Arc::new(open_capture(config)?);
         let shared = Arc::new(Shared::default());
         let mut registry = Registry::default();

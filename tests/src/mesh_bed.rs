@@ -1,8 +1,10 @@
 //! A sandbox for one test: a whole mesh of real processes, taken down when the test ends, whose logs are printed when it
 //! fails.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_api::admin::NodeStatus;
 use mesh_ctl::sandbox::{Mesh, Part, Sandbox, Topology, Workload, binaries_beside, teardown};
+use mesh_node::capture::in_netns;
+use serde::de::DeserializeOwned;
 
 /// Everything here takes milliseconds to a second; this is when a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -81,8 +85,27 @@ impl MeshBed {
 
     /// What a node proxy says of itself; `None` when it does not answer.
     pub fn status(&self, node: &str) -> Option<NodeStatus> {
+        self.admin(node, "/status")
+    }
+
+    /// A page of a node proxy's admin interface; `None` when it does not answer.
+    pub fn admin<T: DeserializeOwned>(&self, node: &str, page: &str) -> Option<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        runtime.block_on(mesh_ctl::admin::get(&self.sandbox.layout.node_admin(node), "/status")).ok()
+        runtime.block_on(mesh_ctl::admin::get(&self.sandbox.layout.node_admin(node), page)).ok()
+    }
+
+    /// Answer of one of a node proxy's ports, head and body, asked inside the node; `None` when it does not answer.
+    pub fn page(&self, node: &str, port: u16, path: &str) -> Option<String> {
+        let netns = File::open(self.sandbox.layout.netns(node)).expect("namespace");
+        let ask = || -> std::io::Result<String> {
+            let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+            connection.set_read_timeout(Some(PATIENCE))?;
+            write!(connection, "GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        in_netns(netns.as_fd(), ask).expect("enter the node's namespace").ok()
     }
 
     /// Whether a word is in the configuration that a node has stored.
@@ -135,11 +158,20 @@ impl MeshBed {
     /// # Panics
     /// It cannot be started.
     pub fn another_node(&self, node: &str, more: &[&str]) -> Another {
-        let argv = self.sandbox.node_argv(node).expect("command line");
+        let mut argv = self.sandbox.node_argv(node).expect("command line");
+        argv.extend(more.iter().map(ToString::to_string));
+        self.run_on(node, &argv)
+    }
+
+    /// Runs a command line in the place of a node's proxy; errors are piped.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn run_on(&self, node: &str, argv: &[String]) -> Another {
         let layout = &self.sandbox.layout;
         let place = mesh_ctl::sandbox::process::Place::open(&layout.proxy_cgroup(node), Some(&layout.netns(node)));
         let mut command = Command::new(&argv[0]);
-        command.args(&argv[1..]).args(more).stdin(Stdio::null()).stderr(Stdio::piped());
+        command.args(&argv[1..]).stdin(Stdio::null()).stderr(Stdio::piped());
         place.expect("place").place(&mut command);
         Another(command.spawn().expect("start"))
     }
@@ -170,7 +202,7 @@ impl Drop for MeshBed {
     }
 }
 
-/// A supervisor that the sandbox does not know; killed at the end of the test, before the sandbox is taken down.
+/// A process that the sandbox does not know; killed at the end of the test, before the sandbox is taken down.
 pub struct Another(Child);
 
 impl Another {

@@ -100,6 +100,10 @@ fn a_take_over_under_a_stream_of_new_connections_loses_none() {
         successors.push(bed.another_node(node, &["--takeover"]));
         assert_eq!(exit_of(old), WaitStatus::Exited(Pid::from_raw(old), 0), "the old supervisor of {node}");
         assert_ne!(bed.proxy(node), proxy, "another process serves");
+        let ready = bed.page(node, 15021, "/healthz/ready").expect("the readiness port is handed over");
+        assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
+        let metrics = bed.page(node, 15020, "/metrics").expect("the metrics port is handed over");
+        assert!(metrics.contains("istio_tcp_connections_opened"), "{metrics}");
         let taken = SystemTime::now();
         for stream in [&mut across, &mut local] {
             let mut after = 0;
