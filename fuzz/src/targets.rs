@@ -10,6 +10,8 @@ use mesh_core::flow::RESERVED_PORTS;
 use mesh_core::identity::SpiffeId;
 use mesh_core::inbound::inbound_target;
 use mesh_core::snapshot::Change;
+use mesh_node::enrol::protocol;
+use mesh_node::hbone::head;
 use prost::Message;
 
 use crate::input::Format;
@@ -34,6 +36,7 @@ pub fn all() -> Vec<Target> {
         Target { name: "xds-address", format: Format::Protobuf, samples: addresses, run: xds_address },
         Target { name: "xds-policy", format: Format::Protobuf, samples: policies, run: xds_policy },
         Target { name: "hbone-authority", format: Format::Text, samples: authorities, run: hbone_authority },
+        Target { name: "hbone-baggage", format: Format::Text, samples: baggages, run: hbone_baggage },
         Target { name: "yaml", format: Format::Text, samples: manifests, run: yaml },
         Target { name: "enrolment", format: Format::Protobuf, samples: enrolments, run: enrolment },
     ]
@@ -161,6 +164,19 @@ fn hbone_authority(input: &[u8]) {
     }
 }
 
+fn baggages() -> Vec<Vec<u8>> {
+    let ours = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.pod.name=web-1,service.name=web";
+    [ours, "a=1;x=y , b = %20%C3%A4", ""].map(Into::into).to_vec()
+}
+
+/// What is read of a peer's description of itself is never empty.
+fn hbone_baggage(input: &[u8]) {
+    let head::Baggage { cluster, namespace, workload, service, version, region, zone } = head::parse_baggage(input);
+    for field in [cluster, namespace, workload, service, version, region, zone].into_iter().flatten() {
+        assert!(!field.trim().is_empty(), "a field without a value");
+    }
+}
+
 fn manifests() -> Vec<Vec<u8>> {
     [
         POD,
@@ -246,8 +262,14 @@ fn enrolments() -> Vec<Vec<u8>> {
         .to_vec()
 }
 
+/// What the agent sends, without and with a descriptor. What is accepted can be written to an answer.
 fn enrolment(input: &[u8]) {
-    drop(zds::WorkloadRequest::decode(input));
+    let with_one = std::fs::File::open("/dev/null").map(|file| vec![file.into()]).unwrap_or_default();
+    for descriptors in [Vec::new(), with_one] {
+        if let Err(error) = protocol::parse(input, descriptors) {
+            drop(protocol::answer(Err(&error.to_string())));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -258,6 +280,10 @@ mod tests {
     fn the_samples_get_past_the_outermost_parser() {
         wds::decode(mesh_api::ADDRESS_TYPE_URL, &addresses()[0]).expect("the sample workload");
         wds::decode(mesh_api::AUTHORIZATION_TYPE_URL, &policies()[0]).expect("the sample policy");
+        let null = std::fs::File::open("/dev/null").unwrap();
+        protocol::parse(&enrolments()[0], vec![null.into()]).expect("the sample workload to enrol");
+        protocol::parse(&enrolments()[1], Vec::new()).expect("the sample deletion");
+        assert!(head::parse_baggage(&baggages()[0]).workload.is_some(), "the sample baggage");
         for text in manifests() {
             for document in mesh_api::yaml::documents(str::from_utf8(&text).unwrap()) {
                 for item in mesh_api::k8s::items(&document.unwrap(), &"sample.yaml".into()) {
