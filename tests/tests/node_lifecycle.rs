@@ -90,6 +90,31 @@ fn with_proxy_and_supervisor_gone_connections_are_refused_out_and_in_until_there
 }
 
 #[test]
+fn without_keys_and_without_a_controller_connections_are_refused_until_it_is_back() {
+    let mut bed = MeshBed::up("nokeys", two_nodes());
+    let far = bed.address("far");
+    bed.stream("client", far).wait("traffic", Attempt::is_ok);
+    bed.sandbox.end_part(&Part::Controller).unwrap();
+    let supervisor = bed.supervisor("node-b");
+    send(supervisor, Signal::SIGKILL);
+    exit_of(supervisor);
+    bed.sandbox.start_node("node-b", &[]).unwrap();
+    bed.sandbox.wait_node_ready("node-b").unwrap();
+    let status = eventually("the state of the workload", || {
+        bed.status("node-b").filter(|status| status.enrolled.iter().any(|workload| workload.state != "ready"))
+    });
+    let state = &status.enrolled[0].state;
+    assert!(state.contains("no certificate for spiffe://cluster.local/ns/default/sa/far"), "{state}");
+    let mut stream = bed.stream("client", far);
+    for _ in 0..20 {
+        let attempt = stream.wait("an attempt", |_| true);
+        assert!(!attempt.is_ok(), "{attempt:?} went through without a key");
+    }
+    bed.sandbox.start_controller().unwrap();
+    stream.wait("traffic with a new key", Attempt::is_ok);
+}
+
+#[test]
 fn a_take_over_under_a_stream_of_new_connections_loses_none() {
     let bed = MeshBed::up("take", two_nodes());
     let (mut across, mut local) = (bed.stream("client", bed.address("far")), bed.stream("client", bed.address("near")));
@@ -97,9 +122,15 @@ fn a_take_over_under_a_stream_of_new_connections_loses_none() {
     for node in ["node-b", "node-a"] {
         across.wait("traffic", Attempt::is_ok);
         let (old, proxy) = (bed.supervisor(node), bed.proxy(node));
+        let mut held = bed.hold("client", bed.address("far"));
+        assert_eq!(held.say("before"), "before");
         successors.push(bed.another_node(node, &["--takeover"]));
+        eventually("another process that serves", || {
+            bed.status(node).filter(|status| status.ready && i32::try_from(status.pid) != Ok(proxy))
+        });
+        assert_eq!(held.say("while the old one drains"), "while the old one drains", "{node}");
+        drop(held);
         assert_eq!(exit_of(old), WaitStatus::Exited(Pid::from_raw(old), 0), "the old supervisor of {node}");
-        assert_ne!(bed.proxy(node), proxy, "another process serves");
         let ready = bed.page(node, 15021, "/healthz/ready").expect("the readiness port is handed over");
         assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
         let metrics = bed.page(node, 15020, "/metrics").expect("the metrics port is handed over");
