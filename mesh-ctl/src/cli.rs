@@ -179,6 +179,11 @@ pub enum Authz {
 
 /// Arguments of `mtls-check`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "STATUS is OK (both identities are verified; mutual TLS between nodes), PLAINTEXT (one of them is \
+not in the mesh) or REFUSED (plaintext, and the server demands mutual TLS). SERVER is what the server demands: STRICT, \
+PERMISSIVE, or NONE when it is not in the mesh. Exits with 79 unless all are OK."
+)]
 pub struct TlsCheckArgs {
     /// Client: POD[.NAMESPACE] or pod/NAME.
     pub source: String,

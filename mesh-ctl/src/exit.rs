@@ -1,5 +1,7 @@
 //! Exit codes (those of sysexits.h where one fits) and the errors that choose them.
 
+use std::io;
+
 /// Ended well.
 pub const OK: u8 = 0;
 /// Failed.
@@ -78,6 +80,8 @@ pub fn code(error: &anyhow::Error) -> u8 {
             return FINDINGS;
         } else if cause.is::<Usage>() {
             return USAGE;
+        } else if cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
+            return NOT_PERMITTED;
         } else if let Some(admin) = cause.downcast_ref::<AdminError>() {
             return match admin {
                 AdminError::Unreachable { .. } => UNAVAILABLE,

@@ -101,7 +101,7 @@ impl AdminState {
             (&Method::GET, "/policies") => Answer::json(&rows::policies(&self.shared.view.load().snapshot)),
             (&Method::GET, "/certificates") => Answer::json(&self.certificates.rows()),
             (&Method::GET, "/connections") => Answer::json(&self.datapath.connections()),
-            (&Method::GET, "/bpf") => kernel::page(&self.capture, request.parameter("map")),
+            (&Method::GET, "/bpf") => kernel::page(&self.capture, &self.shared.view.load(), request.parameter("map")),
             (&Method::GET, "/events") => Answer::json(&self.events.all()),
             (&Method::GET, "/version") => Answer::json(&json!({ "version": env!("CARGO_PKG_VERSION") })),
             (&Method::GET, "/config_dump") => self.config_dump(),
@@ -134,7 +134,7 @@ impl AdminState {
 
     fn config_dump(&self) -> Answer {
         let view = self.shared.view.load();
-        let bpf = match kernel::state(&self.capture, None) {
+        let bpf = match kernel::state(&self.capture, &view, None) {
             Ok(bpf) => json!(bpf),
             Err(error) => json!({ "error": error.to_string() }),
         };

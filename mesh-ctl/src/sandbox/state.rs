@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::Layout;
 use super::topology::Topology;
+use crate::exit::NotPermitted;
 
 /// Layout of the file; another one is not read.
 pub const STATE_VERSION: u32 = 1;
@@ -151,6 +152,9 @@ impl State {
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(NotPermitted(format!("cannot read {}", path.display())).into());
+            }
             Err(e) => return Err(e).with_context(|| format!("read {}", path.display())),
         };
         let state: Self = serde_json::from_str(&text).with_context(|| {

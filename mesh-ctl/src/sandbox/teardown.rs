@@ -9,6 +9,7 @@ use nix::mount::{MntFlags, umount2};
 use super::layout::{Layout, RUN_ROOT};
 use super::state::{Lock, Process, State};
 use super::{cgroup, files, netns, process};
+use crate::exit::NotPermitted;
 
 /// How long processes may take to end by themselves: less than a node proxy's drain, because all of its workloads end
 /// at the same time.
@@ -30,7 +31,7 @@ pub struct Removed {
 /// # Errors
 /// Somebody else is changing it, something cannot be given back, or something is left at the end.
 pub fn down(layout: &Layout) -> Result<Option<Removed>> {
-    if !layout.run.exists() && !layout.cgroup.exists() {
+    if !exists(&layout.run)? && !exists(&layout.cgroup)? {
         return Ok(None);
     }
     let lock = Lock::take(layout)?;
@@ -39,6 +40,16 @@ pub fn down(layout: &Layout) -> Result<Option<Removed>> {
     // Fails as long as other sandboxes exist.
     let _others = std::fs::remove_dir(RUN_ROOT);
     Ok(Some(removed))
+}
+
+/// Unlike [`Path::exists`] this does not say no to who may not look.
+fn exists(path: &Path) -> Result<bool> {
+    match path.try_exists() {
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(NotPermitted(format!("cannot look at {}", path.display())).into())
+        }
+        found => found.with_context(|| path.display().to_string()),
+    }
 }
 
 /// As [`down`], for a caller that holds the lock.

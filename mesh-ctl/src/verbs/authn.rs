@@ -6,6 +6,7 @@ use mesh_api::admin::{ConnectionRow, WorkloadRow};
 use serde::Serialize;
 
 use super::authz::{Client, ask, client};
+use super::logs::{Ended, ended};
 use super::names::{Destination, Directory};
 use super::{Output, found, target};
 use crate::cli::{Global, Saved, TlsCheckArgs};
@@ -21,17 +22,41 @@ const ANY_PORT: u16 = 1;
 struct Pair {
     source: String,
     destination: String,
-    /// `OK`: mutual TLS always. `OPEN`: mutual TLS between these, but the server takes plaintext from others too.
-    /// `PLAINTEXT`: one of them is not in the mesh. `REFUSED`: plaintext, and the server does not take it.
+    /// `OK`: both identities are verified, by mutual TLS between nodes. `PLAINTEXT`: one of them is not in the mesh.
+    /// `REFUSED`: plaintext, and the server does not take it.
     status: String,
     /// What the server demands: `STRICT`, `PERMISSIVE` or `NONE` (not in the mesh).
     server: String,
     /// How the client comes: `HBONE` or `TCP`.
     client: String,
-    /// Live connections with verified identities, and without.
-    observed: String,
+    /// Connections that are live or ended in the last hour.
+    observed: Observed,
     /// Identity that the client expects.
     identity: String,
+}
+
+/// Connections by what protected them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+struct Observed {
+    /// In a tunnel between nodes.
+    mtls: usize,
+    /// On one node: both identities verified, no wire in between.
+    local: usize,
+    /// Without identities.
+    plain: usize,
+    /// Whether those count that ended in the last hour: where the access logs are known.
+    with_ended: bool,
+}
+
+impl std::fmt::Display for Observed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self { mtls: 0, local: 0, plain: 0, with_ended: true } => f.write_str("nothing in the last hour"),
+            Self { mtls: 0, local: 0, plain: 0, with_ended: false } => f.write_str("no live connection"),
+            Self { mtls, local: 0, plain, .. } => write!(f, "mtls {mtls} / plain {plain}"),
+            Self { mtls, local, plain, .. } => write!(f, "mtls {mtls} / one node {local} / plain {plain}"),
+        }
+    }
 }
 
 impl Row for Pair {
@@ -53,7 +78,7 @@ impl Row for Pair {
             self.status.clone(),
             self.server.clone(),
             self.client.clone(),
-            self.observed.clone(),
+            self.observed.to_string(),
             short_identity(&self.identity),
         ]
     }
@@ -100,22 +125,19 @@ async fn pair(
         "NONE"
     };
     let status = match (in_mesh(from) && in_mesh(to), server) {
-        (true, "STRICT") => "OK",
-        (true, _) => "OPEN",
+        (true, _) => "OK",
         (false, "STRICT") => "REFUSED",
         (false, _) => "PLAINTEXT",
     };
-    let (verified, plain) = observed(from, to, live);
+    let logs = target.access_logs();
+    let ended = ended(&logs, from, to)?;
     Ok(Pair {
         source: source.label.clone(),
         destination: format!("{}.{}", to.name, to.namespace),
         status: status.to_owned(),
         server: server.to_owned(),
         client: if in_mesh(from) && in_mesh(to) { "HBONE" } else { "TCP" }.to_owned(),
-        observed: match (verified, plain) {
-            (0, 0) => "no live connection".to_owned(),
-            (verified, plain) => format!("mtls {verified} / plain {plain}"),
-        },
+        observed: Observed { with_ended: !logs.is_empty(), ..observed(from, to, live, ended) },
         identity: if in_mesh(to) { to.identity.clone() } else { String::new() },
     })
 }
@@ -128,27 +150,34 @@ fn client_of(from: &WorkloadRow, source: &Client) -> Client {
     }
 }
 
-/// Live connections from one to the other as the client's node has them, else the server's: with identity, without.
-fn observed(from: &WorkloadRow, to: &WorkloadRow, live: &[OnNode<ConnectionRow>]) -> (usize, usize) {
-    let count = |workload: &WorkloadRow, direction: &str, other: &WorkloadRow| {
-        let key = format!("{}.{}", workload.name, workload.namespace);
-        let addresses: BTreeSet<&str> = other.addresses.iter().map(String::as_str).collect();
-        let remote = |row: &ConnectionRow| {
-            row.remote.rsplit_once(':').is_some_and(|(ip, _)| addresses.contains(ip.trim_matches(['[', ']'])))
-        };
-        let rows = live.iter().map(|row| &row.item);
-        let ours = rows.filter(|row| row.workload == key && row.direction == direction && remote(row));
-        ours.fold(
-            (0, 0),
-            |(verified, plain), row| {
-                if row.peer_identity.is_empty() { (verified, plain + 1) } else { (verified + 1, plain) }
-            },
-        )
-    };
-    match count(from, "outbound", to) {
-        (0, 0) => count(to, "inbound", from),
+/// Connections from one to the other: live and ended ones as the client's node has them, else the server's.
+fn observed(from: &WorkloadRow, to: &WorkloadRow, live: &[OnNode<ConnectionRow>], ended: [Ended; 2]) -> Observed {
+    let [by_client, by_server] = ended;
+    match count(live, (from, "outbound", to), by_client) {
+        Observed { mtls: 0, local: 0, plain: 0, .. } => count(live, (to, "inbound", from), by_server),
         counted => counted,
     }
+}
+
+fn count(live: &[OnNode<ConnectionRow>], side: (&WorkloadRow, &str, &WorkloadRow), ended: Ended) -> Observed {
+    let (workload, direction, other) = side;
+    let key = format!("{}.{}", workload.name, workload.namespace);
+    let addresses: BTreeSet<&str> = other.addresses.iter().map(String::as_str).collect();
+    let remote = |row: &ConnectionRow| {
+        row.remote.rsplit_once(':').is_some_and(|(ip, _)| addresses.contains(ip.trim_matches(['[', ']'])))
+    };
+    let rows = live.iter().map(|row| &row.item);
+    let ours = rows.filter(|row| row.workload == key && row.direction == direction && remote(row));
+    let ended = Observed { mtls: ended.tunnelled, local: ended.on_one_node, plain: ended.plain, with_ended: false };
+    ours.fold(ended, |mut sum, row| {
+        match row.protocol.as_str() {
+            "HBONE" => sum.mtls += 1,
+            "LOCAL" => sum.local += 1,
+            // `TCP`, and what a later version may add without identities.
+            _ => sum.plain += 1,
+        }
+        sum
+    })
 }
 
 /// Whether a policy stands for PeerAuthentication: names under which the controller pushes it (Istio's).

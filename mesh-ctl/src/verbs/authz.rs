@@ -48,7 +48,11 @@ pub(super) async fn run(global: &Global, args: &WhyArgs) -> Output {
     let directory = Directory::of(&target, global).await?;
     let client = client(&directory, &args.source)?;
     let (server, port) = endpoint(&directory, &args.destination, args.port)?;
-    let answer = ask(&target, &client, server, port).await?;
+    let (answer, by) = if server.protocol == "HBONE" {
+        (ask(&target, &client, server, port).await?, format!("node {}", server.node))
+    } else {
+        (outside(server), "nobody".to_owned())
+    };
     let view = View::of(global);
     if !view.is_table() {
         let document = json!({"apiVersion": API_VERSION, "kind": "AuthzDecision", "items": [answer]});
@@ -59,8 +63,8 @@ pub(super) async fn run(global: &Global, args: &WhyArgs) -> Output {
     // Writing to a `String` cannot fail.
     let _ = writeln!(
         text,
-        "{}: {} ({identity}) to {}.{} port {port}, decided by node {}\nreason: {}",
-        answer.decision, client.label, server.name, server.namespace, server.node, answer.reason
+        "{}: {} ({identity}) to {}.{} port {port}, decided by {by}\nreason: {}",
+        answer.decision, client.label, server.name, server.namespace, answer.reason
     );
     let rows: Vec<Trace> = answer.trace.into_iter().map(|trace| Trace { trace }).collect();
     if rows.is_empty() {
@@ -70,6 +74,16 @@ pub(super) async fn run(global: &Global, args: &WhyArgs) -> Output {
         text += &render::list(&rows, view)?;
     }
     Ok(text)
+}
+
+/// No node looks at connections to a workload that is not enrolled, whatever policies say.
+fn outside(server: &WorkloadRow) -> AuthzAnswer {
+    AuthzAnswer {
+        decision: "allow".to_owned(),
+        policy: String::new(),
+        reason: format!("{}.{} is not in the mesh: no policy is enforced there", server.name, server.namespace),
+        trace: Vec::new(),
+    }
 }
 
 /// A workload with its identity if it is in the mesh, or an address without one.

@@ -39,6 +39,7 @@ impl Row for OnNode<BpfProgram> {
     const KIND: &'static str = "Program";
     const COLUMNS: &'static [Column] = &[
         Column::Narrow("NODE"),
+        Column::Narrow("HOOK"),
         Column::Narrow("PROG"),
         Column::Narrow("ID"),
         Column::Wide("TAG"),
@@ -56,6 +57,7 @@ impl Row for OnNode<BpfProgram> {
         }
         vec![
             self.node.clone(),
+            p.hook.clone(),
             p.program.clone(),
             p.id.to_string(),
             p.tag.clone(),

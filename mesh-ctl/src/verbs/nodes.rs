@@ -15,8 +15,7 @@ pub(super) async fn run(global: &Global, what: &NodeConfig) -> Output {
     match what {
         NodeConfig::Workload(saved) => {
             let rows = target(global, saved)?.gather::<Vec<WorkloadRow>>(Section::Workloads).await.rows();
-            let rows = rows.filter(|w| in_namespace(global, &w.namespace));
-            listed(global, rows, |row| row)
+            listed(global, rows.filter(|w| in_namespace(global, &w.namespace)), WorkloadLine)
         }
         NodeConfig::Service(saved) => {
             let rows = target(global, saved)?.gather::<Vec<ServiceRow>>(Section::Services).await.rows();
@@ -41,7 +40,19 @@ fn in_namespace(global: &Global, namespace: &str) -> bool {
     global.namespace.as_deref().is_none_or(|only| only == namespace)
 }
 
-impl Row for OnNode<WorkloadRow> {
+/// A workload as a node knows it. In a document `node` is who says so, as in all lists, and `runsOn` where it runs.
+struct WorkloadLine(OnNode<WorkloadRow>);
+
+impl Serialize for WorkloadLine {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut value = serde_json::to_value(&self.0.item).map_err(serde::ser::Error::custom)?;
+        value["runsOn"] = value["node"].take();
+        value["node"] = self.0.node.clone().into();
+        value.serialize(serializer)
+    }
+}
+
+impl Row for WorkloadLine {
     const KIND: &'static str = "Workload";
     const COLUMNS: &'static [Column] = &[
         Column::Narrow("NODE"),
@@ -58,9 +69,9 @@ impl Row for OnNode<WorkloadRow> {
     ];
 
     fn cells(&self) -> Vec<String> {
-        let w = &self.item;
+        let w = &self.0.item;
         vec![
-            self.node.clone(),
+            self.0.node.clone(),
             w.namespace.clone(),
             w.name.clone(),
             w.addresses.first().cloned().unwrap_or_default(),

@@ -90,8 +90,13 @@ impl Row for ProxyRow {
 
 pub(super) async fn proxy_status(global: &Global, saved: &Saved) -> Output {
     let target = target(global, saved)?;
-    let controller = target.controller().await?;
     let gathered = target.gather::<NodeStatus>(Section::Status).await;
+    let mut errors = gathered.errors;
+    // What the nodes say is worth most when the controller says nothing.
+    let controller = target.controller().await.unwrap_or_else(|error| {
+        errors.push(error);
+        None
+    });
     let mut rows: Vec<ProxyRow> = gathered.answers.iter().map(|node| proxy_row(node, controller.as_ref())).collect();
     // Nodes that the controller knows and that nobody here can ask.
     for known in controller.iter().flat_map(|c| &c.nodes) {
@@ -110,7 +115,7 @@ pub(super) async fn proxy_status(global: &Global, saved: &Saved) -> Output {
     }
     let bad = rows.iter().any(|row| row.sync != "SYNCED" || !row.error.is_empty());
     let text = render::list(&rows, View::of(global))?;
-    if gathered.errors.is_empty() { found(text, bad) } else { finish(text, gathered.errors) }
+    if errors.is_empty() { found(text, bad) } else { finish(text, errors) }
 }
 
 fn proxy_row(node: &OnNode<NodeStatus>, controller: Option<&ControllerStatus>) -> ProxyRow {

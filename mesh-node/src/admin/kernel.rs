@@ -1,6 +1,7 @@
 //! Kernel programs, maps and counters as the admin interface shows them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use http::StatusCode;
 use mesh_api::admin::{BpfCounter, BpfMap, BpfProgram, BpfState};
@@ -9,23 +10,24 @@ use mesh_ebpf_common::outcome::Verdict;
 
 use crate::capture::{Capture, CaptureError, ProgramRow};
 use crate::http_server::Answer;
+use crate::runtime::View;
 
 /// The page, with the rows of one map if it is named.
-pub(super) fn page(capture: &Capture, map: Option<&str>) -> Answer {
+pub(super) fn page(capture: &Capture, view: &View, map: Option<&str>) -> Answer {
     match map {
         Some(name) if !maps::ALL.contains(&name) => {
             Answer::text(StatusCode::NOT_FOUND, format_args!("no map {name}; there are {}", maps::ALL.join(", ")))
         }
-        map => match state(capture, map) {
+        map => match state(capture, view, map) {
             Ok(state) => Answer::json(&state),
             Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, error),
         },
     }
 }
 
-pub(super) fn state(capture: &Capture, map: Option<&str>) -> Result<BpfState, CaptureError> {
+pub(super) fn state(capture: &Capture, view: &View, map: Option<&str>) -> Result<BpfState, CaptureError> {
     let mut rows = match map {
-        Some(name) => decoded(capture, name)?,
+        Some(name) => decoded(capture, view, name)?,
         None => Vec::new(),
     };
     let maps = capture.maps()?.into_iter().map(|row| BpfMap {
@@ -45,7 +47,7 @@ pub(super) fn state(capture: &Capture, map: Option<&str>) -> Result<BpfState, Ca
         pins: capture.pin_directory().display().to_string(),
         maps: maps.collect(),
         counters: counters.collect(),
-        programs: programs(capture.programs_attached()?),
+        programs: programs(view, capture.programs_attached()?),
     })
 }
 
@@ -59,25 +61,57 @@ fn verdict(verdict: Verdict) -> &'static str {
 }
 
 /// One row for each program, with all places that it is attached to.
-fn programs(attached: Vec<ProgramRow>) -> Vec<BpfProgram> {
+fn programs(view: &View, attached: Vec<ProgramRow>) -> Vec<BpfProgram> {
     let mut programs: BTreeMap<(u32, String), BpfProgram> = BTreeMap::new();
     for row in attached {
         let pinned = row.pin.display().to_string();
-        let program = programs.entry((row.id, row.tag.clone())).or_insert_with(|| BpfProgram {
-            hook: row.attached_to.split(' ').next().unwrap_or_default().to_owned(),
-            program: row.name,
-            id: row.id,
-            tag: row.tag,
-            pinned,
-            attached_to: Vec::new(),
+        let place = match cookie_of(&row.pin) {
+            Some(cookie) => format!("{} ({})", workload(view, cookie), row.attached_to),
+            None => row.attached_to,
+        };
+        let program = programs.entry((row.id, row.tag.clone())).or_insert_with(|| {
+            let name = plain_name(&row.name);
+            BpfProgram {
+                hook: hook(name),
+                program: name.to_owned(),
+                id: row.id,
+                tag: row.tag,
+                pinned,
+                attached_to: Vec::new(),
+            }
         });
-        program.attached_to.push(row.attached_to);
+        program.attached_to.push(place);
     }
     programs.into_values().collect()
 }
 
+/// Pins of a workload's programs lie in a directory that is named by its namespace's cookie.
+fn cookie_of(pin: &Path) -> Option<u64> {
+    pin.parent()?.file_name()?.to_str()?.parse().ok()
+}
+
+/// The workload of a namespace cookie, or the cookie where it is not known any more.
+fn workload(view: &View, cookie: u64) -> String {
+    let enrolled = view.enrolled.values().find(|enrolled| enrolled.cookie == cookie);
+    enrolled.map_or_else(|| cookie.to_string(), |enrolled| format!("{}.{}", enrolled.name, enrolled.namespace))
+}
+
+/// The name of a pin without interface and kind of attachment: `2_tc_ingress_clsact` is `tc_ingress`.
+fn plain_name(pin: &str) -> &str {
+    pin.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start_matches('_').trim_end_matches("_clsact")
+}
+
+fn hook(program: &str) -> String {
+    match program {
+        "lookup" => "sk_lookup".to_owned(),
+        "tc_ingress" => "tc/ingress".to_owned(),
+        egress if egress.starts_with("tc_egress") => "tc/egress".to_owned(),
+        cgroup => format!("cgroup/{cgroup}"),
+    }
+}
+
 /// Rows of the maps whose entries mean something to a person; others show their fill only.
-fn decoded(capture: &Capture, name: &str) -> Result<Vec<BTreeMap<String, String>>, CaptureError> {
+fn decoded(capture: &Capture, view: &View, name: &str) -> Result<Vec<BTreeMap<String, String>>, CaptureError> {
     if name != maps::WORKLOADS {
         return Ok(Vec::new());
     }
@@ -85,12 +119,34 @@ fn decoded(capture: &Capture, name: &str) -> Result<Vec<BTreeMap<String, String>
     Ok(capture
         .adopt()?
         .into_iter()
-        .map(|workload| {
+        .map(|adopted| {
             BTreeMap::from([
-                ("cookie".to_owned(), workload.cookie.to_string()),
-                ("ipv4".to_owned(), text(workload.v4.map(|ip| ip.to_string()))),
-                ("ipv6".to_owned(), text(workload.v6.map(|ip| ip.to_string()))),
+                ("cookie".to_owned(), adopted.cookie.to_string()),
+                ("workload".to_owned(), workload(view, adopted.cookie)),
+                ("ipv4".to_owned(), text(adopted.v4.map(|ip| ip.to_string()))),
+                ("ipv6".to_owned(), text(adopted.v6.map(|ip| ip.to_string()))),
             ])
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_named_by_what_they_do_and_where_they_hang() {
+        for (pin, name, at) in [
+            ("connect4", "connect4", "cgroup/connect4"),
+            ("sock_ops", "sock_ops", "cgroup/sock_ops"),
+            ("2_tc_ingress", "tc_ingress", "tc/ingress"),
+            ("17_tc_egress_l2", "tc_egress_l2", "tc/egress"),
+            ("2_tc_ingress_clsact", "tc_ingress", "tc/ingress"),
+            ("lookup", "lookup", "sk_lookup"),
+        ] {
+            assert_eq!((plain_name(pin), hook(plain_name(pin)).as_str()), (name, at), "{pin}");
+        }
+        assert_eq!(cookie_of(Path::new("/b/v1/workloads/9726/2_tc_ingress")), Some(9726));
+        assert_eq!(cookie_of(Path::new("/b/v1/links/connect4")), None);
+    }
 }
