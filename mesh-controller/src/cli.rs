@@ -15,10 +15,10 @@ use time::OffsetDateTime;
 use crate::app::{self, Options};
 use crate::ca::store::{RotationStage, SignerSource, rotate};
 use crate::door::unix_now;
-use crate::problem;
 use crate::source::Source;
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
+use crate::{place, problem};
 
 /// Exit code of `check` when it finds errors (as `istioctl analyze`).
 const EXIT_FINDINGS: u8 = 79;
@@ -206,7 +206,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let settings = Settings { root_namespace: args.root_namespace.into(), ..Settings::default() };
     let compiled = Compiler::new(settings).compile(&batch.deltas);
     let mut problems = batch.problems;
-    problems.extend(compiled.problems.iter().map(problem::of_compiler));
+    problems.extend(place::of_compiler(&compiled.problems));
     problems.sort_by(|a, b| (&a.file, a.line, &a.code, &a.field).cmp(&(&b.file, b.line, &b.code, &b.field)));
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&problems)?),

@@ -10,9 +10,9 @@ use tokio::sync::watch;
 
 use crate::ads::catalogue::{Catalogue, ResourceType};
 use crate::metrics::{Metrics, TypeLabel};
-use crate::problem;
 use crate::publish::updates;
 use crate::source::{Batch, Source};
+use crate::{place, problem};
 
 /// Everything between a source and the streams.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Control {
 
     fn compile(&mut self, deltas: &[Delta]) {
         let compiled = self.compiler.blocking_write().compile(deltas);
-        self.compiler_problems = compiled.problems.iter().map(problem::of_compiler).collect();
+        self.compiler_problems = place::of_compiler(&compiled.problems);
         let updates = updates(&compiled.changes);
         let (changed, generation, counts) = {
             // A poisoned catalogue is still a whole one: each change is applied before the next begins.

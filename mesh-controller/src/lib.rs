@@ -17,6 +17,7 @@ pub mod door;
 pub mod entitlement;
 pub mod limit;
 pub mod metrics;
+pub mod place;
 pub mod problem;
 pub mod publish;
 pub mod server;

@@ -289,3 +289,61 @@ pub enum SandboxVerb {
         port: u16,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{Command, CommandFactory};
+
+    use super::*;
+
+    /// Every verb that a user can call, with its whole path.
+    fn leaves(command: &Command, path: &str, found: &mut Vec<(String, Command)>) {
+        let path = format!("{path} {}", command.get_name()).trim().to_owned();
+        let mut children = command.get_subcommands().filter(|c| c.get_name() != "help").peekable();
+        if children.peek().is_none() {
+            found.push((path.clone(), command.clone()));
+        }
+        children.for_each(|child| leaves(child, &path, found));
+    }
+
+    fn built() -> Command {
+        let mut command = Cli::command();
+        command.build();
+        command
+    }
+
+    #[test]
+    fn the_tree_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_takes_the_output_format_and_says_what_it_does() {
+        let mut verbs = Vec::new();
+        leaves(&built(), "", &mut verbs);
+        assert!(verbs.len() > 20, "{verbs:?}");
+        for (path, verb) in verbs {
+            let longs: Vec<&str> = verb.get_arguments().filter_map(clap::Arg::get_long).collect();
+            assert!(longs.contains(&"output") && longs.contains(&"no-headers"), "{path}: {longs:?}");
+            assert!(verb.get_about().is_some_and(|about| !about.to_string().is_empty()), "{path} has no description");
+        }
+    }
+
+    #[test]
+    fn what_users_of_istioctl_type_is_understood() {
+        for line in [
+            "mesh-ctl ztunnel-config workload",
+            "mesh-ctl zc workloads -o json",
+            "mesh-ctl ps",
+            "mesh-ctl authn tls-check pod/web",
+            "mesh-ctl mtls-check web db.shop",
+            "mesh-ctl node-config service -n shop -o short",
+            "mesh-ctl bpf map WORKLOADS --node a",
+            "mesh-ctl sandbox exec client -- curl -s http://web/",
+        ] {
+            let parsed = Cli::try_parse_from(line.split(' '));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+        }
+        assert!(Cli::try_parse_from(["mesh-ctl", "sandbox", "exec", "client", "ls"]).is_err(), "`--` is needed");
+    }
+}

@@ -2,13 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use mesh_ctl::sandbox::{Layout, Part};
+use mesh_ctl::sandbox::{Layout, Mesh, Part, Sandbox, Topology};
 use mesh_tests::sandbox_bed::footprint::KernelObject;
-use mesh_tests::sandbox_bed::{Footprint, Ran, SandboxBed};
+use mesh_tests::sandbox_bed::{Footprint, Ran, SandboxBed, mesh_ctl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -163,6 +164,28 @@ fn up_killed_when_the_node_proxies_start() {
     killed_at(|layout| layout.node_admin("node-a"));
 }
 
+/// A mesh whose node proxy cannot run says why, and nothing of it stays.
+#[test]
+fn up_that_fails_says_why_and_gives_everything_back() {
+    let bed = SandboxBed::new();
+    let real = mesh_ctl().parent().unwrap().to_path_buf();
+    let broken = bed.file("mesh-node", "#!/bin/sh\necho 'no such kernel' >&2\nexit 78\n");
+    std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let binaries = broken.parent().unwrap().to_path_buf();
+    for name in ["mesh-ctl", "mesh-controller"] {
+        std::os::unix::fs::symlink(real.join(name), binaries.join(name)).unwrap();
+    }
+    let mesh = Mesh { binaries, node_args: Vec::new(), controller_args: Vec::new() };
+    let mut print = None;
+    let mut watch = |_: &str| print = Some(Footprint::of(&bed.layout()));
+    let error = Sandbox::up(bed.name(), Topology::demo(), Some(mesh), &mut watch).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("node/node-") && error.contains("has ended") && error.contains("no such kernel"), "{error}");
+    let print = print.unwrap();
+    assert!(!print.processes.is_empty(), "the controller and the agent ran: {print:?}");
+    bed.eventually("everything is given back", || print.left().is_empty());
+}
+
 #[test]
 fn two_sandboxes_at_the_same_addresses_do_not_meet() {
     let (a, b) = (SandboxBed::new(), SandboxBed::new());
@@ -237,8 +260,7 @@ spec:
         - \"99999\"
 ";
     let text = format!("{DENY_CLIENT}{wrong}");
-    // Values that only make sense together are judged after the file was read: then the object's first line is named.
-    let line = text.lines().position(|l| l == "---").unwrap() + 2;
+    let line = text.lines().position(|l| l.contains("99999")).unwrap() + 1;
     let file = bed.file("half.yaml", &text);
     let ran = bed.run(&["sandbox", "apply", file.to_str().unwrap(), "-o", "json"]);
     ran.exits(79);

@@ -185,3 +185,70 @@ fn is_peer_authentication(policy: &str) -> bool {
     let name = policy.split_once('/').map_or(policy, |(_, name)| name);
     name == "istio_converted_static_strict" || name.starts_with("converted_peer_authentication_")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn observations_read_as_sentences_and_never_hide_plaintext() {
+        let seen = |mtls, local, plain, with_ended| Observed { mtls, local, plain, with_ended }.to_string();
+        assert_eq!(seen(0, 0, 0, true), "nothing in the last hour");
+        assert_eq!(seen(0, 0, 0, false), "no live connection");
+        assert_eq!(seen(3, 0, 0, true), "mtls 3 / plain 0");
+        assert_eq!(seen(0, 0, 2, true), "mtls 0 / plain 2");
+        assert_eq!(seen(0, 4, 1, true), "mtls 0 / one node 4 / plain 1");
+    }
+
+    fn workload(name: &str, address: &str) -> WorkloadRow {
+        WorkloadRow {
+            uid: name.into(),
+            name: name.into(),
+            namespace: "default".into(),
+            addresses: vec![address.into(), "fd00::7".into()],
+            node: "n".into(),
+            protocol: "HBONE".into(),
+            identity: String::new(),
+            status: String::new(),
+            waypoint: String::new(),
+            policies: Vec::new(),
+            services: Vec::new(),
+            locality: String::new(),
+            capacity: 1,
+        }
+    }
+
+    fn live(workload: &str, direction: &str, remote: &str, protocol: &str) -> OnNode<ConnectionRow> {
+        let item = ConnectionRow {
+            workload: workload.into(),
+            direction: direction.into(),
+            local: String::new(),
+            remote: remote.into(),
+            target: String::new(),
+            protocol: protocol.into(),
+            peer_identity: String::new(),
+            age_secs: 0,
+            bytes_sent: 0,
+            bytes_received: 0,
+        };
+        OnNode { node: "n".into(), item }
+    }
+
+    #[test]
+    fn the_client_is_believed_and_the_server_where_the_client_is_outside() {
+        let (from, to) = (workload("a", "10.0.0.1"), workload("b", "10.0.0.2"));
+        let rows = [
+            live("a.default", "outbound", "10.0.0.2:80", "HBONE"),
+            live("a.default", "outbound", "10.0.0.20:80", "TCP"),
+            live("b.default", "inbound", "10.0.0.1:999", "TCP"),
+        ];
+        let none = [Ended::default(); 2];
+        assert_eq!(observed(&from, &to, &rows, none), Observed { mtls: 1, ..Observed::default() });
+        assert_eq!(observed(&from, &to, &rows[1..], none), Observed { plain: 1, ..Observed::default() });
+        let ended = [Ended { on_one_node: 2, ..Ended::default() }, Ended { plain: 5, ..Ended::default() }];
+        let both = Observed { mtls: 1, local: 2, ..Observed::default() };
+        assert_eq!(observed(&from, &to, &rows, ended), both, "live and ended ones of the client's node add up");
+        let by_v6 = [live("a.default", "outbound", "[fd00::7]:80", "LOCAL")];
+        assert_eq!(observed(&from, &to, &by_v6, none), Observed { local: 1, ..Observed::default() });
+    }
+}
