@@ -128,6 +128,25 @@ fn up_repairs_when_everything_was_killed_at_once() {
     goes(&bed, &print);
 }
 
+#[test]
+fn up_rebuilds_what_has_lost_its_network() {
+    let bed = SandboxBed::new();
+    bed.up();
+    let before = Footprint::of(&bed.layout());
+    for pid in &before.processes {
+        let _gone = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+    }
+    // As after a restart of the machine: the files are there, the namespaces are not.
+    for name in before.namespaces.keys() {
+        mesh_ctl::sandbox::netns::remove(&bed.layout().netns(name)).unwrap();
+    }
+    bed.up().complains("only a part is there");
+    answers(&bed);
+    let print = Footprint::of(&bed.layout());
+    goes(&bed, &print);
+    bed.eventually("nothing of the first one is left", || before.left().is_empty());
+}
+
 /// Starts `up`, kills it as soon as `moment` exists, and lets another `up` find what is left.
 fn killed_at(moment: impl Fn(&Layout) -> PathBuf) {
     let bed = SandboxBed::new();

@@ -17,6 +17,7 @@ use crate::cli::{Global, SandboxArgs, SandboxVerb};
 use crate::exit::{Unavailable, Usage};
 use crate::render::{self, Column, Row, View};
 use crate::sandbox::layout::existing;
+use crate::sandbox::netns;
 use crate::sandbox::serve::{self, Name};
 use crate::sandbox::{Enrolment, Layout, Mesh, Part, Phase, Sandbox, State, Topology, agent, teardown};
 
@@ -61,7 +62,7 @@ fn up(global: &Global, name: &str) -> Output {
     let mut progress = |line: &str| eprintln!("  {line}");
     let layout = Layout::of(name)?;
     let sandbox = match State::load(&layout)? {
-        Some(state) if state.phase == Phase::Up => {
+        Some(state) if state.phase == Phase::Up && has_namespaces(&state) => {
             let mut sandbox = Sandbox::open(name)?;
             let dead = sandbox.dead_parts();
             if dead.is_empty() {
@@ -75,7 +76,7 @@ fn up(global: &Global, name: &str) -> Output {
         }
         found => {
             if found.is_some() {
-                eprintln!("the sandbox `{name}` was left half built; giving it back first");
+                eprintln!("of the sandbox `{name}` only a part is there; giving that back first");
                 teardown::down(&layout)?;
             }
             eprintln!("building the sandbox `{name}`");
@@ -96,6 +97,11 @@ fn up(global: &Global, name: &str) -> Output {
         began.elapsed().as_secs_f64()
     );
     Ok(text)
+}
+
+/// Whether its network still exists: after a restart of the machine, or when somebody unmounted it, only files are left.
+fn has_namespaces(state: &State) -> bool {
+    state.handles.netns.iter().all(|path| netns::open(path).is_ok())
 }
 
 /// How this program was called, so that what it prints can be pasted.
