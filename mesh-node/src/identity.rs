@@ -22,8 +22,7 @@ pub enum NoCertificate {
 /// The certificate of an identity, if it is still good.
 pub fn certificate(view: &View, id: &SpiffeId) -> Result<Arc<CertifiedIdentity>, NoCertificate> {
     let found = view.certs.get(id).ok_or_else(|| NoCertificate::Missing(id.clone()))?;
-    let now_secs = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    if found.not_after_secs + CLOCK_SKEW.as_secs() < now_secs {
+    if has_expired(found.not_after_secs) {
         return Err(NoCertificate::Expired(id.clone()));
     }
     Ok(Arc::clone(found))
@@ -36,4 +35,10 @@ pub fn identity_of(enrolled: &Enrolled, trust_domain: &Arc<str>) -> SpiffeId {
         namespace: Arc::clone(&enrolled.namespace),
         service_account: Arc::clone(&enrolled.service_account),
     }
+}
+
+/// Whether a certificate that ends at `not_after_secs` (since 1970) is out of date, clocks that differ taken into account.
+pub fn has_expired(not_after_secs: u64) -> bool {
+    let now_secs = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    not_after_secs.saturating_add(CLOCK_SKEW.as_secs()) < now_secs
 }

@@ -29,7 +29,7 @@ use crate::dial::{Source, connect_application};
 use crate::hbone::HANDSHAKE_TIMEOUT;
 use crate::hbone::head::{self, BAGGAGE};
 use crate::hbone::server::{self, ResetBudget, ServeError};
-use crate::identity::{NoCertificate, certificate, identity_of};
+use crate::identity::{NoCertificate, certificate, has_expired, identity_of};
 use crate::metrics::{ResponseFlags, count};
 use crate::relay::{self, RelayError, Stream, reset_on_close};
 use crate::runtime::{CertifiedIdentity, RootStore, View};
@@ -72,6 +72,12 @@ enum InboundError {
     /// The configuration does not know the workload yet.
     #[error("the configuration does not have this workload yet")]
     NotConfigured,
+    /// Our certificate has run out since the tunnel was made.
+    #[error("{0}")]
+    NoCertificate(#[from] NoCertificate),
+    /// So has the client's.
+    #[error("certificate of {0}, the client, has expired")]
+    ClientExpired(SpiffeId),
     /// The workload has too many connections.
     #[error("the workload has too many connections")]
     Full,
@@ -97,16 +103,22 @@ impl InboundError {
         match self {
             Self::Method(_) | Self::Destination(_) => StatusCode::BAD_REQUEST,
             Self::Closed(CloseReason::Denied(_)) => StatusCode::UNAUTHORIZED,
-            Self::NotConfigured | Self::Full | Self::Closed(_) | Self::Dial { .. } | Self::GivenUp => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::ClientExpired(_) => StatusCode::UNAUTHORIZED,
+            Self::NotConfigured
+            | Self::NoCertificate(_)
+            | Self::Full
+            | Self::Closed(_)
+            | Self::Dial { .. }
+            | Self::GivenUp => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
     fn flags(&self) -> ResponseFlags {
         match self {
             Self::Closed(CloseReason::Denied(_)) => ResponseFlags::Deny,
-            Self::Closed(CloseReason::IdentityWithdrawn(_)) => ResponseFlags::IdentityError,
+            Self::Closed(CloseReason::IdentityWithdrawn(_)) | Self::NoCertificate(_) | Self::ClientExpired(_) => {
+                ResponseFlags::IdentityError
+            }
             Self::Method(_)
             | Self::Destination(_)
             | Self::NotConfigured
@@ -165,6 +177,8 @@ impl TlsConfigs {
 #[derive(Debug)]
 struct Tunnel {
     client: SpiffeId,
+    /// End of the client's certificate, seconds since 1970. A tunnel may live longer than what it was made with.
+    client_until_secs: u64,
     peer: SocketAddr,
     local: SocketAddr,
 }
@@ -230,7 +244,8 @@ async fn shake_hands(
         return Err(Refused::Protocol);
     }
     let client = tls::peer_identity(session.peer_certificates())?;
-    Ok((io, Tunnel { client, peer, local }))
+    let client_until_secs = tls::peer_not_after_secs(session.peer_certificates())?;
+    Ok((io, Tunnel { client, client_until_secs, peer, local }))
 }
 
 /// Carries one stream of a tunnel to its end.
@@ -313,6 +328,10 @@ fn requested(
         return Err(InboundError::Method(request.method().clone()));
     }
     let view = worker.shared.view.load();
+    certificate(&view, &identity_of(&serving.enrolled, &worker.config.trust_domain))?;
+    if has_expired(tunnel.client_until_secs) {
+        return Err(InboundError::ClientExpired(tunnel.client.clone()));
+    }
     let workload = view.workload_of(&serving.enrolled.uid).ok_or(InboundError::NotConfigured)?;
     let authority = request.uri().authority().map_or("", |authority| authority.as_str());
     let target = inbound_target(workload, tunnel.local.ip(), authority)?;
