@@ -14,7 +14,7 @@ use super::error::{CaptureError, context};
 use super::netns::{Interface, in_netns, interfaces, netns_cookie};
 use super::pins::{InterfacePin, LOOKUP, entries};
 use super::programs::{INTERFACE_PROGRAMS, LOOKUP_PROGRAM, existing_link};
-use super::sock_diag::{LISTEN, SYN_RECV, SockDiag, TcpSocket};
+use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
 use super::{Capture, ListenerFds, inner_route, insert, tc};
 
@@ -152,7 +152,7 @@ impl Capture {
         let mut noted = 0;
         for socket in sockets {
             let local = Addr::from(socket.local.ip());
-            if socket.state == LISTEN || socket.state == SYN_RECV || local.is_loopback() {
+            if matches!(socket.state, LISTEN | SYN_SENT | SYN_RECV) || local.is_loopback() {
                 continue;
             }
             let key = FlowKey {
@@ -202,10 +202,17 @@ fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
         .collect()
 }
 
-/// A handshake with the application that was under way cannot be finished; the client tries again and meets the proxy.
+/// Handshakes that were under way, out or in, cannot be finished: they are no connections yet, and would go around the
+/// proxy. Whoever tries again meets it.
 fn end_half_open(diag: &SockDiag, sockets: &[TcpSocket], ours: &[Listener<'_>]) {
     let own_ports: BTreeSet<u16> = ours.iter().map(|listener| listener.address.port()).collect();
-    for socket in sockets.iter().filter(|s| s.state == SYN_RECV && !own_ports.contains(&s.local.port())) {
+    let half_open = |s: &&TcpSocket| match s.state {
+        SYN_RECV => !own_ports.contains(&s.local.port()),
+        SYN_SENT => !s.remote.ip().to_canonical().is_loopback(),
+        // Listeners, connections, and what is left of them.
+        _ => false,
+    };
+    for socket in sockets.iter().filter(half_open) {
         if let Err(error) = diag.destroy(socket) {
             // It ends by itself within the kernel's SYN-ACK retries, because its segments are dropped.
             tracing::debug!(%error, local = %socket.local, remote = %socket.remote, "half-open connection stays");

@@ -19,6 +19,8 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// How long the kernel may take to answer, seconds.
 const ANSWER_TIMEOUT_SECS: libc::time_t = 5;
 
+/// `TCP_SYN_SENT`.
+pub(super) const SYN_SENT: u8 = 2;
 /// `TCP_SYN_RECV` as `sock_diag` reports request sockets.
 pub(super) const SYN_RECV: u8 = 3;
 /// `TCP_LISTEN`.
