@@ -2,7 +2,11 @@
 
 pub mod bench;
 
+pub mod bpf_map;
+
 pub mod capture_bed;
 
 pub mod mesh_bed;
 pub mod sandbox_bed;
+
+pub mod wire;

@@ -32,8 +32,16 @@ pub struct MeshBed {
 ///
 /// # Panics
 /// After [`PATIENCE`].
-pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn eventually<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    eventually_within(PATIENCE, what, look)
+}
+
+/// As [`eventually`], for what takes longer by its nature.
+///
+/// # Panics
+/// After `patience`.
+pub fn eventually_within<T>(patience: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = look() {
             return found;
@@ -67,8 +75,15 @@ impl MeshBed {
     /// # Panics
     /// It does not come up; what went wrong is in the message.
     pub fn up(name: &str, topology: Topology) -> Self {
+        Self::with(name, topology, Mesh::beside().unwrap_or_else(|error| panic!("{error:#}")))
+    }
+
+    /// As [`Self::up`], with other arguments for the parts.
+    ///
+    /// # Panics
+    /// As [`Self::up`].
+    pub fn with(name: &str, topology: Topology, mesh: Mesh) -> Self {
         let name = format!("t-{name}-{}", std::process::id());
-        let mesh = Mesh::beside().unwrap_or_else(|error| panic!("{error:#}"));
         let sandbox = Sandbox::up(&name, topology, Some(mesh), &mut |_step| {});
         Self { sandbox: sandbox.unwrap_or_else(|error| panic!("sandbox {name}: {error:#}")) }
     }

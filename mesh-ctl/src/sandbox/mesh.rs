@@ -84,6 +84,15 @@ impl Sandbox {
     /// # Errors
     /// It does not come up; the end of its log is given.
     pub fn start_controller(&mut self) -> Result<()> {
+        let more = self.mesh()?.controller_args.clone();
+        self.start_controller_with(&more)
+    }
+
+    /// As [`Self::start_controller`], with other arguments than the sandbox's.
+    ///
+    /// # Errors
+    /// As [`Self::start_controller`].
+    pub fn start_controller_with(&mut self, more: &[String]) -> Result<()> {
         let mesh = self.mesh()?;
         let dir = self.layout.controller();
         let mut argv = vec![binary(&mesh.binaries, "mesh-controller")?.display().to_string(), "run".into()];
@@ -93,7 +102,7 @@ impl Sandbox {
             ("--admin-socket", &self.layout.controller_admin()),
         ]));
         argv.extend(["--listen".into(), format!("0.0.0.0:{CONTROLLER_PORT}")]);
-        argv.extend(mesh.controller_args.clone());
+        argv.extend_from_slice(more);
         let place = self.host_place(CONTROLLER_HOST, "controller")?;
         self.spawn(Part::Controller, &argv, &[], place)?;
         let socket = self.layout.controller_admin();

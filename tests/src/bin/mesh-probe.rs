@@ -1,7 +1,7 @@
 //! The client of the tests: runs inside a workload, talks to a server that returns every byte, prints what it saw.
 //!
-//! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends; a line for each:
-//! `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
+//! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends, each with the marker that the wire
+//! checks look for; a line for each: `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
 //! line of standard input goes through it, and what comes back is printed; `closed KIND` at its end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -10,6 +10,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
+
+use mesh_tests::wire::MARKER;
 
 /// A connection that takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,12 +65,13 @@ fn stream(addr: SocketAddr, pause: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// There and back, one byte.
+/// The marker, there and back.
 fn exchange(addr: SocketAddr) -> io::Result<()> {
     let mut connection = connect(addr)?;
-    connection.write_all(b"x")?;
-    let mut byte = [0];
-    connection.read_exact(&mut byte)
+    connection.write_all(MARKER)?;
+    let mut back = [0; MARKER.len()];
+    connection.read_exact(&mut back)?;
+    if back == *MARKER { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 fn hold(addr: SocketAddr) -> io::Result<()> {
