@@ -88,6 +88,16 @@ impl MeshBed {
         Self { sandbox: sandbox.unwrap_or_else(|error| panic!("sandbox {name}: {error:#}")) }
     }
 
+    /// The same network, processes and load, with nothing of the mesh.
+    ///
+    /// # Panics
+    /// As [`Self::up`].
+    pub fn without_mesh(name: &str, topology: Topology) -> Self {
+        let name = format!("t-{name}-{}", std::process::id());
+        let sandbox = Sandbox::up(&name, topology, None, &mut |_step| {});
+        Self { sandbox: sandbox.unwrap_or_else(|error| panic!("sandbox {name}: {error:#}")) }
+    }
+
     /// IPv4 address of a workload's echo port.
     ///
     /// # Panics
@@ -305,6 +315,11 @@ impl Stream {
                 return attempt;
             }
         }
+    }
+
+    /// How many attempts were waited for so far.
+    pub fn seen(&self) -> usize {
+        self.seen.len()
     }
 
     /// Ends it; all attempts.

@@ -2,7 +2,8 @@
 //!
 //! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends, each with the marker that the wire
 //! checks look for; a line for each: `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
-//! line of standard input goes through it, and what comes back is printed; `closed KIND` at its end.
+//! line of standard input goes through it, and what comes back is printed; `closed KIND` at its end. `until-ok ADDR`: the
+//! marker from the first instruction on, again and again, until it comes back.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -28,6 +29,10 @@ fn main() -> ExitCode {
             Ok(addr) => hold(addr),
             Err(_) => return usage(),
         },
+        ["until-ok", addr] => match addr.parse() {
+            Ok(addr) => until_ok(addr),
+            Err(_) => return usage(),
+        },
         // Anything else is not a command line of ours.
         _ => return usage(),
     };
@@ -41,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR");
+    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR | until-ok ADDR");
     ExitCode::FAILURE
 }
 
@@ -61,6 +66,14 @@ fn stream(addr: SocketAddr, pause: Duration) -> io::Result<()> {
         writeln!(out, "{} {} {outcome}", started.as_micros(), clock.elapsed().as_micros())?;
         out.flush()?;
         std::thread::sleep(pause);
+    }
+    Ok(())
+}
+
+/// Ends with the first answer; whoever started it sets the time limit.
+fn until_ok(addr: SocketAddr) -> io::Result<()> {
+    while exchange(addr).is_err() {
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }
