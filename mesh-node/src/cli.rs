@@ -3,12 +3,18 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
 
 use crate::config::{CleanupArgs, Cli, Command, Config};
 use crate::{app, capture, check, logging, supervisor};
+
+/// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
+const RELEASED_WITHIN: Duration = Duration::from_secs(2);
+/// Pause between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
@@ -47,6 +53,18 @@ fn enter_cgroup(cgroup: &Path) -> anyhow::Result<()> {
     std::fs::write(&procs, std::process::id().to_string()).with_context(|| format!("write {}", procs.display()))
 }
 
+/// What is attached to a cgroup after the kernel had its time: a link without a pin is released after an RCU grace period.
+fn still_attached(cgroup: &Path) -> anyhow::Result<Vec<String>> {
+    let deadline = Instant::now() + RELEASED_WITHIN;
+    loop {
+        let left = capture::attached_to_cgroup(cgroup)?;
+        if left.is_empty() || Instant::now() >= deadline {
+            return Ok(left);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     let removed = capture::cleanup(&args.bpffs)?;
     for what in &removed {
@@ -56,7 +74,7 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         println!("nothing was pinned in {}", args.bpffs.display());
     }
     let Some(cgroup) = &args.cgroup else { return Ok(ExitCode::SUCCESS) };
-    let left = capture::attached_to_cgroup(cgroup)?;
+    let left = still_attached(cgroup)?;
     for program in &left {
         println!("still attached to {}: {program}; a process holds it: is a node proxy running?", cgroup.display());
     }

@@ -7,6 +7,7 @@ pub mod footprint;
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -244,8 +245,17 @@ pub fn mesh_ctl() -> PathBuf {
 pub fn finish(mut command: Command) -> Ran {
     let shown = shown(&command);
     let start = Instant::now();
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let child = child.unwrap_or_else(|e| panic!("start {shown}: {e}"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = loop {
+        match command.spawn() {
+            Ok(child) => break child,
+            // A program that was just written is open in the children that other tests are about to start.
+            Err(e) if e.kind() == io::ErrorKind::ExecutableFileBusy && start.elapsed() < PATIENCE => {
+                std::thread::sleep(POLL);
+            }
+            Err(e) => panic!("start {shown}: {e}"),
+        }
+    };
     let Output { status, stdout, stderr } = wait(child, &shown);
     Ran {
         command: shown,
