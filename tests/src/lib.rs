@@ -6,6 +6,8 @@ pub mod bpf_map;
 
 pub mod capture_bed;
 
+pub mod hostile;
+
 pub mod link;
 
 pub mod mesh_bed;

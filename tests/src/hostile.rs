@@ -1,0 +1,216 @@
+//! A peer that is not a node proxy of the mesh: it proves what a test wants, with the mesh's own CA if need be, and says
+//! what a test wants.
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::{Method, Request, StatusCode};
+use mesh_node::capture::in_netns;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use time::OffsetDateTime;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+/// A peer that says nothing by then is not going to.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a certificate says of its holder.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// URI SANs.
+    pub uris: Vec<String>,
+    /// DNS SANs.
+    pub names: Vec<String>,
+    /// Validity, from now.
+    pub from: time::Duration,
+    /// Validity, from now.
+    pub until: time::Duration,
+    /// May be used by clients.
+    pub client: bool,
+    /// May sign others.
+    pub is_ca: bool,
+}
+
+impl Claim {
+    /// A good certificate of an identity.
+    pub fn of(uri: &str) -> Self {
+        Self {
+            uris: vec![uri.to_owned()],
+            names: Vec::new(),
+            from: -time::Duration::hours(1),
+            until: time::Duration::hours(1),
+            client: true,
+            is_ca: false,
+        }
+    }
+}
+
+/// A signer of certificates.
+pub struct Ca(Issuer<'static, KeyPair>);
+
+/// A certificate with its key.
+pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+impl Ca {
+    /// The mesh's own, whose key only the controller and root can read.
+    ///
+    /// # Panics
+    /// The file is not there or not a certificate with its key.
+    pub fn of_the_mesh(controller_state: &Path) -> Self {
+        let pem = std::fs::read_to_string(controller_state.join("ca/signer.pem")).expect("the mesh's signer");
+        let at = pem.find("-----BEGIN PRIVATE KEY").expect("key");
+        let key = KeyPair::from_pem(&pem[at..]).expect("key");
+        Self(Issuer::from_ca_cert_pem(&pem, key).expect("certificate"))
+    }
+
+    /// Somebody else's.
+    ///
+    /// # Panics
+    /// No key can be made.
+    pub fn foreign() -> Self {
+        let key = KeyPair::generate().expect("key");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(Issuer::new(params, key))
+    }
+
+    /// A certificate that claims something.
+    ///
+    /// # Panics
+    /// The claim cannot be written into a certificate.
+    pub fn issue(&self, claim: &Claim) -> Identity {
+        let key = KeyPair::generate().expect("key");
+        let mut params = CertificateParams::default();
+        let uris = claim.uris.iter().map(|uri| SanType::URI(uri.as_str().try_into().expect("URI")));
+        let names = claim.names.iter().map(|name| SanType::DnsName(name.as_str().try_into().expect("name")));
+        params.subject_alt_names = uris.chain(names).collect();
+        params.not_before = OffsetDateTime::now_utc() + claim.from;
+        params.not_after = OffsetDateTime::now_utc() + claim.until;
+        let usage =
+            if claim.client { ExtendedKeyUsagePurpose::ClientAuth } else { ExtendedKeyUsagePurpose::ServerAuth };
+        params.extended_key_usages = vec![usage];
+        if claim.is_ca {
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        }
+        let certificate = params.signed_by(&key, &self.0).expect("sign");
+        (vec![certificate.der().clone()], PrivateKeyDer::try_from(key.serialize_der()).expect("key"))
+    }
+}
+
+/// Believes every server: what is tested is whom the server believes.
+#[derive(Debug)]
+struct Credulous;
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _leaf: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _leaf: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _message: &[u8],
+        _leaf: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// How a peer presents itself.
+pub struct Approach {
+    /// Its certificate; `None`: it sends none.
+    pub identity: Option<Identity>,
+    /// The protocol that it asks for inside TLS.
+    pub alpn: &'static [u8],
+}
+
+impl Approach {
+    /// As a node proxy does it.
+    pub fn with(identity: Identity) -> Self {
+        Self { identity: Some(identity), alpn: b"h2" }
+    }
+}
+
+/// Connects from inside a namespace.
+///
+/// # Errors
+/// What the kernel said.
+pub async fn dial(netns: &Path, to: SocketAddr) -> io::Result<TcpStream> {
+    let file = File::open(netns)?;
+    let tcp = in_netns(file.as_fd(), || std::net::TcpStream::connect_timeout(&to, PATIENCE))??;
+    tcp.set_nonblocking(true)?;
+    TcpStream::from_std(tcp)
+}
+
+/// Opens a tunnel; an error says at what it failed. In TLS 1.3 the client's side is done before the server has looked at
+/// the certificate, so a refusal may show only at the first request.
+///
+/// # Errors
+/// The server does not want it.
+pub async fn tunnel(netns: &Path, to: SocketAddr, approach: Approach) -> Result<SendRequest<Bytes>, String> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| error.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Credulous));
+    let mut config = match approach.identity {
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?,
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![approach.alpn.to_vec()];
+    let tcp = dial(netns, to).await.map_err(|error| format!("connect: {error}"))?;
+    let connecting = TlsConnector::from(Arc::new(config)).connect(ServerName::from(to.ip()), tcp);
+    let tls = within(connecting).await?.map_err(|error| format!("TLS: {error}"))?;
+    let (send, driver) = within(h2::client::handshake(tls)).await?.map_err(|error| format!("HTTP/2: {error}"))?;
+    tokio::spawn(async move {
+        // Its end shows in the requests.
+        let _ended = driver.await;
+    });
+    Ok(send)
+}
+
+/// Sends the head of a request; the answer's status.
+///
+/// # Errors
+/// There is no answer.
+pub async fn ask(send: &SendRequest<Bytes>, method: Method, authority: &str) -> Result<StatusCode, String> {
+    let mut send = within(send.clone().ready()).await?.map_err(|error| error.to_string())?;
+    let request = Request::builder().method(method).uri(authority).body(()).map_err(|error| error.to_string())?;
+    let (response, _body) = send.send_request(request, false).map_err(|error| error.to_string())?;
+    Ok(within(response).await?.map_err(|error| error.to_string())?.status())
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> Result<T, String> {
+    tokio::time::timeout(PATIENCE, future).await.map_err(|_| "no answer".to_owned())
+}

@@ -1,0 +1,156 @@
+//! Peers that are not who they should be, or say what they should not: refused, counted, and nobody else is disturbed.
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use http::{Method, StatusCode};
+use mesh_tests::hostile::{Approach, Ca, Claim, ask, dial, tunnel};
+use mesh_tests::mesh_bed::{Attempt, ECHO, MeshBed, eventually, two_nodes};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Runtime;
+
+const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
+const HBONE: u16 = 15008;
+
+struct Scene {
+    bed: MeshBed,
+    runtime: Runtime,
+    /// Where the hostile peer is: the other node.
+    place: PathBuf,
+    far: SocketAddr,
+}
+
+impl Scene {
+    fn new(name: &str) -> Self {
+        let bed = MeshBed::up(name, two_nodes());
+        let place = bed.sandbox.layout.netns("node-a");
+        let far = SocketAddr::new(bed.address("far").ip(), HBONE);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        Self { bed, runtime, place, far }
+    }
+
+    fn ca(&self) -> Ca {
+        Ca::of_the_mesh(&self.bed.sandbox.layout.controller().join("state"))
+    }
+
+    fn good_request(&self) -> String {
+        SocketAddr::new(self.far.ip(), ECHO).to_string()
+    }
+
+    /// What comes of a tunnel and a good request in it.
+    fn attempt(&self, approach: Approach) -> Result<StatusCode, String> {
+        self.runtime.block_on(async {
+            let send = tunnel(&self.place, self.far, approach).await?;
+            ask(&send, Method::CONNECT, &self.good_request()).await
+        })
+    }
+
+    /// A counter of node-b's.
+    fn count(&self, name: &str) -> u64 {
+        let metrics = self.bed.page("node-b", 15020, "/metrics").expect("metrics");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+    }
+}
+
+#[test]
+fn peers_that_cannot_prove_an_identity_of_the_mesh_are_refused_and_counted() {
+    let scene = Scene::new("proof");
+    let mut held = scene.bed.hold("client", scene.bed.address("far"));
+    assert_eq!(held.say("before"), "before");
+    let (ours, theirs) = (scene.ca(), Ca::foreign());
+    assert_eq!(scene.attempt(Approach::with(ours.issue(&Claim::of(CLIENT)))), Ok(StatusCode::OK), "a good one");
+    let good = Claim::of(CLIENT);
+    let uris = |uris: &[&str]| Claim { uris: uris.iter().map(ToString::to_string).collect(), ..good.clone() };
+    let hours = time::Duration::hours;
+    let cases = [
+        ("another CA", theirs.issue(&good)),
+        ("another trust domain", ours.issue(&uris(&["spiffe://other.example/ns/default/sa/client"]))),
+        ("a trust domain in upper case", ours.issue(&uris(&["spiffe://CLUSTER.LOCAL/ns/default/sa/client"]))),
+        ("no SPIFFE ID", ours.issue(&uris(&["https://cluster.local/ns/default/sa/client"]))),
+        ("a SPIFFE ID of another shape", ours.issue(&uris(&["spiffe://cluster.local/ns/default/sa/client/x"]))),
+        ("two URIs", ours.issue(&uris(&[CLIENT, "spiffe://cluster.local/ns/default/sa/near"]))),
+        ("no name at all", ours.issue(&uris(&[]))),
+        ("a DNS name only", ours.issue(&Claim { names: vec!["client".into()], ..uris(&[]) })),
+        ("expired", ours.issue(&Claim { from: hours(-3), until: hours(-2), ..good.clone() })),
+        ("not valid yet", ours.issue(&Claim { from: hours(2), until: hours(3), ..good.clone() })),
+        ("not for clients", ours.issue(&Claim { client: false, ..good.clone() })),
+    ];
+    let before = scene.count("mesh_handshake_failures_total");
+    let refused = u64::try_from(cases.len()).unwrap() + 2;
+    for (what, identity) in cases {
+        let outcome = scene.attempt(Approach::with(identity));
+        assert!(outcome.is_err(), "{what}: {outcome:?}");
+        assert_eq!(held.say(what), what);
+    }
+    let none = Approach { identity: None, ..Approach::with(ours.issue(&good)) };
+    let outcome = scene.attempt(none);
+    assert!(outcome.is_err(), "no certificate: {outcome:?}");
+    let other_protocol = Approach { alpn: b"http/1.1", ..Approach::with(ours.issue(&good)) };
+    let outcome = scene.attempt(other_protocol);
+    assert!(outcome.is_err(), "another protocol: {outcome:?}");
+    eventually("the count", || (scene.count("mesh_handshake_failures_total") >= before + refused).then_some(()));
+    assert_eq!(held.say("after"), "after");
+    scene.bed.stream("client", scene.bed.address("far")).wait("traffic", Attempt::is_ok);
+}
+
+#[test]
+fn requests_for_what_is_not_this_workload_are_answered_400_and_the_tunnel_goes_on() {
+    let scene = Scene::new("head");
+    let mut held = scene.bed.hold("client", scene.bed.address("far"));
+    assert_eq!(held.say("before"), "before");
+    let identity = scene.ca().issue(&Claim::of(CLIENT));
+    let send = scene.runtime.block_on(tunnel(&scene.place, scene.far, Approach::with(identity))).unwrap();
+    let request = |method, authority: &str| scene.runtime.block_on(ask(&send, method, authority));
+    let (ip, near) = (scene.far.ip(), scene.bed.address("near").ip());
+    let before = scene.count("mesh_bad_requests_total");
+    let bad: Vec<(Method, String)> = vec![
+        (Method::CONNECT, format!("{near}:{ECHO}")),
+        (Method::CONNECT, format!("127.0.0.1:{ECHO}")),
+        (Method::CONNECT, format!("169.254.169.254:{ECHO}")),
+        (Method::CONNECT, format!("{ip}:0")),
+        (Method::CONNECT, format!("{ip}:15001")),
+        (Method::CONNECT, format!("{ip}:15006")),
+        (Method::CONNECT, format!("{ip}:15008")),
+        (Method::CONNECT, "far.default.svc.cluster.local:7000".to_owned()),
+        (Method::CONNECT, "localhost:7000".to_owned()),
+        (Method::CONNECT, format!("{}:7000", "x".repeat(4000))),
+        (Method::GET, format!("http://{ip}:{ECHO}/")),
+        (Method::POST, format!("http://{ip}:{ECHO}/")),
+    ];
+    let count = u64::try_from(bad.len()).unwrap();
+    for (method, authority) in bad {
+        let shown: String = format!("{method} {authority}").chars().take(60).collect();
+        assert_eq!(request(method, &authority), Ok(StatusCode::BAD_REQUEST), "{shown}");
+        assert_eq!(request(Method::CONNECT, &scene.good_request()), Ok(StatusCode::OK), "after {shown}");
+    }
+    assert_eq!(scene.count("mesh_bad_requests_total"), before + count);
+    assert_eq!(held.say("after"), "after");
+}
+
+#[test]
+fn bytes_that_are_not_tls_end_the_connection_and_nothing_else() {
+    let scene = Scene::new("bytes");
+    let mut held = scene.bed.hold("client", scene.bed.address("far"));
+    assert_eq!(held.say("before"), "before");
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nhost: far\r\n\r\n"[..],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\xff\xff\x01",
+        &[0; 4096],
+        &[0xff; 70_000],
+    ] {
+        let ended = scene.runtime.block_on(async {
+            let mut tcp = dial(&scene.place, scene.far).await.unwrap();
+            // The other end may have had enough before all is written.
+            let _written = tcp.write_all(bytes).await;
+            let _shut = tcp.shutdown().await;
+            let mut answer = Vec::new();
+            tokio::time::timeout(mesh_tests::mesh_bed::PATIENCE, tcp.read_to_end(&mut answer)).await.is_ok()
+        });
+        assert!(ended, "{:?} keeps the connection open", &bytes[..bytes.len().min(16)]);
+        assert_eq!(held.say("meanwhile"), "meanwhile");
+    }
+    scene.bed.stream("client", scene.bed.address("far")).wait("traffic", Attempt::is_ok);
+}
