@@ -18,7 +18,6 @@ use mesh_core::inbound::{InboundRefusal, inbound_target};
 use mesh_core::workload::Workload;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -157,7 +156,7 @@ impl TlsConfigs {
         worker: &Arc<Worker>,
         serving: &Arc<Serving>,
         accepted: accept::Accepted,
-        handshake: Option<OwnedSemaphorePermit>,
+        handshake: accept::HandshakePlace,
     ) {
         match self.current(worker, serving) {
             Ok(config) => {
@@ -189,7 +188,7 @@ async fn tunnel(
     serving: Arc<Serving>,
     accepted: accept::Accepted,
     config: Arc<ServerConfig>,
-    handshake: Option<OwnedSemaphorePermit>,
+    handshake: accept::HandshakePlace,
 ) {
     let accept::Accepted { tcp, peer, permit: _permit } = accepted;
     let Some(_place) = worker.per_source.take(peer.ip()) else {

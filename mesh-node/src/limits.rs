@@ -10,11 +10,15 @@ pub const MAX_CONNECTIONS_PER_WORKLOAD: usize = 20_000;
 pub const MAX_HANDSHAKES: usize = 256;
 /// Tunnels from one address to one worker. A node proxy opens one for each 100 connections and pair of workloads.
 pub const MAX_TUNNELS_PER_SOURCE: usize = 512;
+/// TLS handshakes under way with one address in one worker, so that one peer cannot take every place. A client's proxy
+/// makes one at a time for each of its destinations.
+pub const MAX_HANDSHAKES_PER_SOURCE: usize = 64;
 
 /// Counts what each peer has.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct PerSource {
-    tunnels: Mutex<HashMap<IpAddr, usize>>,
+    limit: usize,
+    taken: Mutex<HashMap<IpAddr, usize>>,
 }
 
 /// One of a peer's places, given back when dropped.
@@ -25,25 +29,30 @@ pub struct SourcePlace {
 }
 
 impl PerSource {
+    /// Nobody has anything yet, and nobody may have more than `limit`.
+    pub fn new(limit: usize) -> Self {
+        Self { limit, taken: Mutex::default() }
+    }
+
     /// Takes a place for `source`, if it has not too many.
     pub fn take(self: &Arc<Self>, source: IpAddr) -> Option<SourcePlace> {
-        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = tunnels.entry(source).or_default();
-        if *taken >= MAX_TUNNELS_PER_SOURCE {
+        let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = all.get(&source).copied().unwrap_or_default();
+        if taken >= self.limit {
             return None;
         }
-        *taken += 1;
+        all.insert(source, taken + 1);
         Some(SourcePlace { all: Arc::clone(self), source })
     }
 }
 
 impl Drop for SourcePlace {
     fn drop(&mut self) {
-        let mut tunnels = self.all.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = tunnels.get_mut(&self.source) {
+        let mut all = self.all.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = all.get_mut(&self.source) {
             *taken -= 1;
             if *taken == 0 {
-                tunnels.remove(&self.source);
+                all.remove(&self.source);
             }
         }
     }

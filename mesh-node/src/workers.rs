@@ -22,7 +22,9 @@ use crate::connections::{CloseReason, Connections};
 use crate::dial::Namespaces;
 use crate::hbone::client::Tunnels;
 use crate::hbone::server::Phase;
-use crate::limits::{MAX_CONNECTIONS_PER_WORKLOAD, MAX_HANDSHAKES, PerSource};
+use crate::limits::{
+    MAX_CONNECTIONS_PER_WORKLOAD, MAX_HANDSHAKES, MAX_HANDSHAKES_PER_SOURCE, MAX_TUNNELS_PER_SOURCE, PerSource,
+};
 use crate::metrics::{LoggedPeers, Metrics};
 use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
 
@@ -72,6 +74,8 @@ pub struct Worker {
     pub metrics: Arc<Metrics>,
     /// Handshakes that may still be under way.
     pub handshakes: Arc<Semaphore>,
+    /// Handshakes that each peer has under way here.
+    pub handshakes_per_source: Arc<PerSource>,
     /// Tunnels that each peer has here.
     pub per_source: Arc<PerSource>,
     /// Peers that were complained about.
@@ -230,7 +234,8 @@ impl WorkerParts {
             namespaces,
             metrics: self.metrics,
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
-            per_source: Arc::default(),
+            handshakes_per_source: Arc::new(PerSource::new(MAX_HANDSHAKES_PER_SOURCE)),
+            per_source: Arc::new(PerSource::new(MAX_TUNNELS_PER_SOURCE)),
             logged: LoggedPeers::default(),
             started: Instant::now(),
         }))
