@@ -23,7 +23,11 @@ struct Scene {
 
 impl Scene {
     fn new(name: &str) -> Self {
-        let bed = MeshBed::up(name, two_nodes());
+        Self::with(name, two_nodes())
+    }
+
+    fn with(name: &str, topology: mesh_ctl::sandbox::Topology) -> Self {
+        let bed = MeshBed::up(name, topology);
         let place = bed.sandbox.layout.netns("node-a");
         let far = SocketAddr::new(bed.address("far").ip(), HBONE);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -153,4 +157,53 @@ fn bytes_that_are_not_tls_end_the_connection_and_nothing_else() {
         assert_eq!(held.say("meanwhile"), "meanwhile");
     }
     scene.bed.stream("client", scene.bed.address("far")).wait("traffic", Attempt::is_ok);
+}
+
+/// Connections that never say a word; a node proxy has room for 256 handshakes in each of its workers.
+const SILENT: usize = 1500;
+
+#[test]
+fn silent_connections_of_one_peer_keep_nobody_else_out() {
+    let mut topology = two_nodes();
+    topology = topology.workload(mesh_ctl::sandbox::Workload::new("other", "node-a"));
+    let scene = Scene::with("silent", topology);
+    let before = scene.count("mesh_connections_shed_total");
+    let mut silent = Vec::with_capacity(SILENT);
+    for _ in 0..SILENT {
+        silent.extend(scene.runtime.block_on(dial(&scene.place, scene.far)).ok());
+    }
+    assert!(silent.len() > SILENT / 2, "the peer could not do it: {}", silent.len());
+    // Two workloads that have no tunnel yet.
+    for from in ["client", "other"] {
+        let first = scene.bed.stream(from, scene.bed.address("far")).wait("an attempt", |_| true);
+        assert!(first.is_ok(), "{from}: {first:?}");
+        assert!(first.took < std::time::Duration::from_secs(2), "{from} waits behind the silent ones: {first:?}");
+    }
+    eventually("the count", || (scene.count("mesh_connections_shed_total") > before).then_some(()));
+}
+
+/// Workloads of one node: with two listeners each, more listeners than there are places for handshakes.
+const MANY: usize = 150;
+
+#[test]
+fn a_node_with_many_workloads_serves_the_tunnels_of_all() {
+    let mut topology = two_nodes();
+    for number in 0..MANY {
+        topology = topology.workload(mesh_ctl::sandbox::Workload::new(&format!("many-{number}"), "node-b"));
+    }
+    let scene = Scene::with("many", topology);
+    let ca = scene.ca();
+    for number in (0..MANY).rev() {
+        let ip = scene.bed.address(&format!("many-{number}")).ip();
+        let approach = Approach::with(ca.issue(&Claim::of(CLIENT)));
+        let answer = scene.runtime.block_on(async {
+            let send = tunnel(&scene.place, SocketAddr::new(ip, HBONE), approach).await?;
+            ask(&send, Method::CONNECT, &SocketAddr::new(ip, ECHO).to_string()).await
+        });
+        assert_eq!(
+            answer,
+            Ok(StatusCode::SERVICE_UNAVAILABLE),
+            "many-{number}: nothing listens there, but it is served"
+        );
+    }
 }
