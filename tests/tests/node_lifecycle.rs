@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use mesh_ctl::sandbox::Part;
+use mesh_ctl::sandbox::{Enrolment, Part};
 use mesh_tests::mesh_bed::{Attempt, MeshBed, eventually, two_nodes};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -37,6 +37,7 @@ fn survives_a_crash(bed: &MeshBed, node: &str, to: &str) {
     let healed = stream.wait("traffic after the crash", |attempt| attempt.started >= killed && attempt.is_ok());
     let took = healed.ended().duration_since(killed).unwrap();
     assert!(took < HEALED_WITHIN, "traffic to {to} works {took:?} after the crash of {node}'s proxy: {healed:?}");
+    println!("{node} to {to}: works again after {took:?}");
     assert_ne!(bed.proxy(node), proxy, "another process");
     let attempts = stream.end();
     let later: Vec<_> = attempts.iter().filter(|attempt| attempt.started > healed.ended()).cloned().collect();
@@ -189,6 +190,46 @@ fn a_drain_that_takes_too_long_ends_what_is_left_and_exits_0() {
     assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
     let end = held.say("after");
     assert!(end.starts_with("closed"), "{end}");
+}
+
+/// Open descriptors of a process.
+fn descriptors(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+#[test]
+fn descriptors_do_not_pile_up_over_restarts_and_enrolments() {
+    let mut bed = MeshBed::up("fds", two_nodes());
+    let supervisor = bed.supervisor("node-a");
+    let settled = |bed: &MeshBed, what: &str, expected: usize| {
+        eventually(what, || (descriptors(bed.supervisor("node-a")) == expected).then_some(()));
+    };
+    let before = descriptors(supervisor);
+    for _ in 0..5 {
+        let proxy = bed.proxy("node-a");
+        send(proxy, Signal::SIGKILL);
+        eventually("the next proxy", || {
+            bed.status("node-a").filter(|status| status.ready && i32::try_from(status.pid) != Ok(proxy))
+        });
+    }
+    settled(&bed, "the supervisor's descriptors after restarts", before);
+    bed.sandbox.enrol("client", Enrolment::None).unwrap();
+    let without = descriptors(supervisor);
+    assert!(without <= before - 8, "namespace, listeners, info and key of one workload: {before}, then {without}");
+    for _ in 0..3 {
+        bed.sandbox.enrol("client", Enrolment::Mesh).unwrap();
+        settled(&bed, "the supervisor's descriptors after enrolment", before);
+        bed.sandbox.enrol("client", Enrolment::None).unwrap();
+        settled(&bed, "the supervisor's descriptors after it left", without);
+    }
+    let proxy = bed.proxy("node-a");
+    let idle = descriptors(proxy);
+    for _ in 0..5 {
+        bed.sandbox.enrol("client", Enrolment::Mesh).unwrap();
+        bed.stream("client", bed.address("far")).wait("traffic", Attempt::is_ok);
+        bed.sandbox.enrol("client", Enrolment::None).unwrap();
+    }
+    eventually("the proxy's descriptors", || (descriptors(proxy) <= idle + 2).then_some(()));
 }
 
 #[test]
