@@ -28,22 +28,56 @@ pub fn start(sandbox: &mut Sandbox, binary: &Path) -> Result<Vec<Child>> {
         redirect(sandbox, &workload)?;
     }
     let nodes: Vec<String> = sandbox.topology().nodes.iter().map(|n| n.name.clone()).collect();
-    let peers = nodes.iter().map(|node| start_on(sandbox, node, binary)).collect::<Result<Vec<_>>>()?;
+    let mut peers = Vec::new();
+    for node in &nodes {
+        match start_on(sandbox, node, binary) {
+            Ok(peer) => peers.push(peer),
+            Err(error) => {
+                end(&mut peers)?;
+                return Err(error);
+            }
+        }
+    }
+    if let Err(error) = wait_enrolled(sandbox) {
+        end(&mut peers)?;
+        return Err(error);
+    }
+    Ok(peers)
+}
+
+/// Ends peers.
+///
+/// # Errors
+/// One cannot be waited for.
+pub fn end(peers: &mut Vec<Child>) -> Result<()> {
+    for mut peer in peers.drain(..) {
+        peer.kill().context("end the peer")?;
+        peer.wait().context("end the peer")?;
+    }
+    Ok(())
+}
+
+fn wait_enrolled(sandbox: &Sandbox) -> Result<()> {
     let deadline = Instant::now() + ENROLLED_WITHIN;
     loop {
         let missing = sandbox.agent_status()?.missing();
         if missing.is_empty() {
-            return Ok(peers);
+            return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("the peer did not enrol: {} (its log: {})", missing.join("; "), sandbox.layout.run.display());
+            let node = &sandbox.topology().nodes[0].name;
+            let log = std::fs::read_to_string(sandbox.layout.node(node).join("peer.log")).unwrap_or_default();
+            bail!("the peer did not enrol: {}; the end of its log: {:?}", missing.join("; "), log.lines().last());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 fn start_on(sandbox: &mut Sandbox, node: &str, binary: &Path) -> Result<Child> {
-    let token = sandbox.node_token(node)?;
+    let issued = std::fs::read_to_string(sandbox.node_token(node)?).context("token of the peer")?;
+    // It takes the file as it is, and a header with a line's end is none.
+    let token = sandbox.layout.node(node).join("peer-token");
+    std::fs::write(&token, issued.trim()).context("token of the peer")?;
     let layout = &sandbox.layout;
     let controller = format!("https://{}:15012", Topology::host_addresses(0)[0]);
     let root = layout.controller().join("state/root-cert.pem");

@@ -1,7 +1,7 @@
 //! Where the benchmark runs: sandboxes with one client and two servers, one on each node, directly or in a mesh.
 
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +15,8 @@ use super::peer;
 
 /// Port of the load server.
 const PORT: u16 = 7000;
+/// Arguments of a node proxy that has one CPU.
+const ONE_WORKER: [&str; 2] = ["--workers", "1"];
 /// Name of the client's workload.
 const CLIENT: &str = "client";
 
@@ -69,7 +71,10 @@ impl Place {
             System::Peer => "bench-peer",
         };
         let topology = topology(system == System::Direct)?;
-        let mesh = if system == System::Direct { None } else { Some(Mesh::beside()?) };
+        // One worker a node, because a node has one CPU here; the peer is told the same.
+        let one_worker =
+            || Ok::<_, anyhow::Error>(Mesh { node_args: ONE_WORKER.map(String::from).into(), ..Mesh::beside()? });
+        let mesh = if system == System::Direct { None } else { Some(one_worker()?) };
         let mut progress = |line: &str| eprintln!("  {name}: {line}");
         let mut place = match system {
             System::Direct | System::Mesh => {
@@ -78,16 +83,22 @@ impl Place {
             }
             System::Peer => {
                 let binary = peer_binary.context("no binary of the peer was given")?;
-                let mut sandbox = Sandbox::network(name, topology, mesh, &mut progress)?;
-                let peers = peer::start(&mut sandbox, binary)?;
-                for key in [Distance::Across.server(), Distance::Same.server()] {
-                    sandbox.start_workload(key)?;
+                let sandbox = Sandbox::network(name, topology, mesh, &mut progress)?;
+                let mut place = Self { system, sandbox, proxies: Vec::new(), peers: Vec::new() };
+                if let Err(error) = place.start_peers(binary) {
+                    place.down()?;
+                    return Err(error);
                 }
-                Self { system, sandbox, proxies: Vec::new(), peers }
+                place
             }
         };
         place.find_proxies();
         Ok(place)
+    }
+
+    fn start_peers(&mut self, binary: &Path) -> Result<()> {
+        self.peers = peer::start(&mut self.sandbox, binary)?;
+        [Distance::Across, Distance::Same].iter().try_for_each(|d| self.sandbox.start_workload(d.server()))
     }
 
     fn find_proxies(&mut self) {
@@ -109,10 +120,7 @@ impl Place {
     /// # Errors
     /// Something is left.
     pub fn down(mut self) -> Result<()> {
-        for child in &mut self.peers {
-            child.kill().context("end the peer")?;
-            child.wait().context("end the peer")?;
-        }
+        peer::end(&mut self.peers)?;
         self.sandbox.down()
     }
 
