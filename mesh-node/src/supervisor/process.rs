@@ -19,6 +19,11 @@ use crate::seqpacket;
 /// Descriptors that a process of ours may have open: the kept ones and the connections of the proxy.
 const WANTED_DESCRIPTORS: u64 = 1 << 20;
 
+/// jemalloc's settings for the proxy. What loading the kernel programs and a burst of connections needed goes back to
+/// the kernel within a second, also when nothing else happens; by default it would stay for the life of the process.
+const ALLOCATOR_SETTINGS: (&str, &str) =
+    ("_RJEM_MALLOC_CONF", "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0,narenas:4");
+
 /// A running proxy.
 #[derive(Debug)]
 pub struct Proxy {
@@ -35,7 +40,12 @@ impl Proxy {
     pub fn spawn(program: &Path, args: &[OsString]) -> io::Result<Self> {
         let (ours, theirs) = seqpacket::pair()?;
         let peer = Peer::new(ours)?;
-        let child = Command::new(program).args(args).stdin(Stdio::from(theirs)).spawn()?;
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::from(theirs));
+        if std::env::var_os(ALLOCATOR_SETTINGS.0).is_none() {
+            command.env(ALLOCATOR_SETTINGS.0, ALLOCATOR_SETTINGS.1);
+        }
+        let child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidData)?;
         Ok(Self { pid: Pid::from_raw(pid), peer, hung_up: false })
     }

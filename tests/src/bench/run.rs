@@ -106,8 +106,16 @@ fn measure(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
     let memory = [Distance::Across, Distance::Same]
         .into_iter()
         .flat_map(|d| places.iter().filter(|(s, _)| *s != System::Direct).map(move |(s, p)| (d, *s, p)))
-        .map(|(distance, system, place)| Ok(((distance, system), idle_kib(plan, place, distance)?)))
-        .collect::<Result<BTreeMap<_, _>>>()?;
+        .map(|(distance, system, place)| ((distance, system), idle_kib(plan, place, distance)))
+        .filter_map(|(key, kib)| match kib {
+            Ok(kib) => Some((key, kib)),
+            // A system that cannot hold them open has no figure; the rest of the table stands.
+            Err(error) => {
+                eprintln!("  {key:?}: {error:#}");
+                None
+            }
+        })
+        .collect::<BTreeMap<_, _>>();
     Ok(Table {
         origin: Origin::of_this_run(),
         rows,
