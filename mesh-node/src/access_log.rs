@@ -1,14 +1,14 @@
 //! The access log: one line when a connection ends or fails, with ztunnel's keys.
 //!
-//! Records go through a bounded channel to a thread of its own; a full channel drops the record and the caller counts it.
-//! The data path never waits for a disk.
+//! Records go through a bounded queue to a thread of its own; a full queue drops the record and the caller counts it.
+//! The data path never waits for a disk, and does not wake the writer for each record: that would cost more than the
+//! rest of a short connection's log.
 
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{self, BufWriter, Write};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_core::identity::SpiffeId;
@@ -22,12 +22,43 @@ use crate::runtime::{AccessLogConfig, AccessLogFormat};
 
 /// Records that wait for the writer: about a second at 10,000 connections a second.
 const QUEUE_RECORDS: usize = 8192;
-/// Longest time that a written line stays in the buffer.
-const FLUSH_AFTER: Duration = Duration::from_millis(100);
+/// Records at which the writer is woken before its time.
+const WAKE_AT_RECORDS: usize = QUEUE_RECORDS / 4;
+/// How often the writer looks: the longest time that a record waits.
+const WRITE_EVERY: Duration = Duration::from_millis(50);
 
 /// The sending end; clones feed the same writer.
 #[derive(Debug, Clone)]
-pub struct AccessLog(SyncSender<Record>);
+pub struct AccessLog(Arc<Sender>);
+
+#[derive(Debug)]
+struct Sender(Arc<Queue>);
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    records: Vec<Record>,
+    /// The last sender is gone.
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.wake.notify_one();
+    }
+}
 
 impl AccessLog {
     /// Opens the log and starts its writer, which ends when the last clone is gone.
@@ -36,36 +67,50 @@ impl AccessLog {
             Some(path) => Box::new(OpenOptions::new().create(true).append(true).open(path)?),
             None => Box::new(io::stdout()),
         };
-        let (sender, receiver) = sync_channel(QUEUE_RECORDS);
-        let format = config.format;
-        std::thread::Builder::new().name("access-log".to_owned()).spawn(move || write_all(&receiver, out, format))?;
-        Ok(Self(sender))
+        let queue = Arc::new(Queue::default());
+        let (format, to_write) = (config.format, Arc::clone(&queue));
+        std::thread::Builder::new().name("access-log".to_owned()).spawn(move || write_all(&to_write, out, format))?;
+        Ok(Self(Arc::new(Sender(queue))))
     }
 
     /// Hands a record over; false when the writer is behind and the record is lost.
     pub fn write(&self, record: Record) -> bool {
-        self.0.try_send(record).is_ok()
+        let queue = &self.0.0;
+        let mut waiting = queue.lock();
+        if waiting.records.len() >= QUEUE_RECORDS {
+            return false;
+        }
+        waiting.records.push(record);
+        if waiting.records.len() == WAKE_AT_RECORDS {
+            queue.wake.notify_one();
+        }
+        true
     }
 }
 
-fn write_all(receiver: &Receiver<Record>, out: Box<dyn Write + Send>, format: AccessLogFormat) {
+fn write_all(queue: &Queue, out: Box<dyn Write + Send>, format: AccessLogFormat) {
     let mut out = BufWriter::with_capacity(64 * 1024, out);
     let mut line = String::new();
+    let mut records = Vec::new();
     loop {
-        match receiver.recv_timeout(FLUSH_AFTER) {
-            Ok(record) => {
-                line.clear();
-                record.render(format, &mut line);
-                if let Err(error) = out.write_all(line.as_bytes()) {
-                    tracing::error!(%error, "access log cannot be written");
-                }
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if let Err(error) = out.flush() {
-                    tracing::error!(%error, "access log cannot be written");
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => return,
+        let waiting = queue.lock();
+        let enough = |waiting: &mut Waiting| !waiting.closed && waiting.records.len() < WAKE_AT_RECORDS;
+        let (mut waiting, _timeout) =
+            queue.wake.wait_timeout_while(waiting, WRITE_EVERY, enough).unwrap_or_else(PoisonError::into_inner);
+        let closed = waiting.closed;
+        std::mem::swap(&mut records, &mut waiting.records);
+        drop(waiting);
+        let mut written = Ok(());
+        for record in records.drain(..) {
+            line.clear();
+            record.render(format, &mut line);
+            written = written.and(out.write_all(line.as_bytes()));
+        }
+        if let Err(error) = written.and(out.flush()) {
+            tracing::error!(%error, "access log cannot be written");
+        }
+        if closed {
+            return;
         }
     }
 }

@@ -45,7 +45,7 @@ impl Namespaces {
         Ok(Self { own, own_inode })
     }
 
-    /// A TCP socket in the namespace, non-blocking, with TCP_NODELAY and keepalive.
+    /// A TCP socket in the namespace, non-blocking, with TCP_NODELAY.
     ///
     /// A thread that cannot get back would make later sockets in a wrong namespace, so that ends the process.
     pub fn socket(&self, namespace: BorrowedFd<'_>, address: IpAddr) -> io::Result<Socket> {
@@ -61,7 +61,6 @@ impl Namespaces {
         }
         let socket = socket?;
         socket.set_tcp_nodelay(true)?;
-        keep_alive(&SockRef::from(&socket))?;
         Ok(socket)
     }
 }
@@ -92,7 +91,8 @@ pub async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-/// Connects to an application at `to` from inside its namespace.
+/// Connects to an application at `to` from inside its namespace. Without keepalive: both ends are in this kernel, so
+/// neither can vanish without a word.
 pub async fn connect_application(
     namespaces: &Namespaces,
     namespace: BorrowedFd<'_>,
@@ -142,9 +142,10 @@ fn spoof(socket: &Socket, client: IpAddr, port: u16) -> io::Result<()> {
         IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
     socket.set_mark(SOURCE_MARK)?;
-    socket.set_reuse_address(true)?;
     if port == 0 {
         nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+    } else {
+        socket.set_reuse_address(true)?;
     }
     socket.bind(&SocketAddr::new(client, port).into())
 }

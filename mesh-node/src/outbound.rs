@@ -8,12 +8,13 @@ use std::time::Duration;
 use mesh_core::flow::{InboundFlow, OutboundFlow, Plan, RESERVED_PORTS, Refusal, Upstream};
 use mesh_core::plan::{PlanContext, plan_outbound};
 use mesh_core::workload::{Workload, WorkloadUid};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::accept::Accepted;
 use crate::connections::{Carrier, CloseReason, Description, Direction, Registered};
-use crate::dial::{Source, connect, connect_application};
+use crate::dial::{Source, connect, connect_application, keep_alive};
 use crate::hbone::client::{OpenError, Opened, Target};
 use crate::hbone::head;
 use crate::hbone::pool::PoolKey;
@@ -220,6 +221,7 @@ impl Attempt<'_> {
         let dial_error = |source| OutboundError::Dial { address: destination, source };
         let dialled = async {
             let socket = self.worker.namespaces.socket(self.serving.enrolled.netns.as_fd(), destination.ip())?;
+            keep_alive(&SockRef::from(&socket))?;
             connect(socket, destination).await
         };
         match dialled.await {

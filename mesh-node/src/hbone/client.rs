@@ -12,6 +12,7 @@ use h2::Reason;
 use h2::client::SendRequest;
 use http::{Request, StatusCode};
 use rustls_pki_types::ServerName;
+use socket2::SockRef;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
@@ -23,7 +24,7 @@ use super::{
     CLIENT_STREAMS, CONNECTION_WINDOW, FRAME_BYTES, FRAME_OVERHEAD_BYTES, HANDSHAKE_TIMEOUT, RESPONSE_HEADER_BYTES,
     SEND_BUFFER_BYTES, STREAM_WINDOW,
 };
-use crate::dial::{Namespaces, connect};
+use crate::dial::{Namespaces, connect, keep_alive};
 use crate::metrics::{Metrics, ResponseFlags, count};
 use crate::relay::Stream;
 use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, View};
@@ -300,6 +301,7 @@ impl Tunnels {
         let address = target.key.address;
         let connect_error = |source| DialError::Connect { address, source };
         let socket = self.namespaces.socket(target.source.netns.as_fd(), address.ip()).map_err(connect_error)?;
+        keep_alive(&SockRef::from(&socket)).map_err(connect_error)?;
         let tcp = connect(socket, address).await.map_err(connect_error)?;
         let config = tls::client_config(&target.identity, &target.roots, target.key.expected.clone())
             .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;

@@ -96,7 +96,7 @@ fn start_on(sandbox: &mut Sandbox, node: &str, binary: &Path) -> Result<Child> {
         ("ALT_XDS_HOSTNAME", "istiod.istio-system.svc"),
         ("ALT_CA_HOSTNAME", "istiod.istio-system.svc"),
         ("ZTUNNEL_WORKER_THREADS", "1"),
-        ("RUST_LOG", "warn"),
+        ("RUST_LOG", "warn,access=info"),
         ("AUTH_TOKEN", &token.display().to_string()),
         ("XDS_ROOT_CA", &root.display().to_string()),
         ("CA_ROOT_CA", &root.display().to_string()),
