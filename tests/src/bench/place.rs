@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
-use mesh_ctl::sandbox::{Mesh, Part, Sandbox, Topology, Workload};
+use mesh_ctl::sandbox::{Mesh, Part, Sandbox, Topology, Workload, netns};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -15,6 +15,8 @@ use super::peer;
 
 /// Port of the load server.
 const PORT: u16 = 7000;
+/// Kernel settings of every workload, on every system.
+const PORT_SETTINGS: [(&str, &str); 2] = [("tcp_tw_reuse", "1"), ("ip_local_port_range", "10240 65000")];
 /// Arguments of a node proxy that has one CPU.
 const ONE_WORKER: [&str; 2] = ["--workers", "1"];
 /// Name of the client's workload.
@@ -93,7 +95,24 @@ impl Place {
             }
         };
         place.find_proxies();
+        if let Err(error) = place.tune() {
+            place.down()?;
+            return Err(error);
+        }
         Ok(place)
+    }
+
+    /// A client that opens ten thousand connections a second runs out of ports after three, whatever carries them.
+    fn tune(&self) -> Result<()> {
+        for workload in &self.sandbox.topology().workloads {
+            netns::run_in(&self.sandbox.layout.netns(&workload.key()), || {
+                for (name, value) in PORT_SETTINGS {
+                    std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).context(name)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     fn start_peers(&mut self, binary: &Path) -> Result<()> {

@@ -82,6 +82,20 @@ fn measure(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
         .filter(|(system, _)| *system != System::Direct)
         .map(|(system, place)| Ok((*system, place.proxies_rss_kib()? / 2)))
         .collect::<Result<BTreeMap<_, _>>>()?;
+    // Before the loads, whose waiting sockets would count too.
+    let memory = [Distance::Across, Distance::Same]
+        .into_iter()
+        .flat_map(|d| places.iter().filter(|(s, _)| *s != System::Direct).map(move |(s, p)| (d, *s, p)))
+        .map(|(distance, system, place)| ((distance, system), idle_kib(plan, place, distance)))
+        .filter_map(|(key, kib)| match kib {
+            Ok(kib) => Some((key, kib)),
+            // A system that cannot hold them open has no figure; the rest of the table stands.
+            Err(error) => {
+                eprintln!("  {key:?}: {error:#}");
+                None
+            }
+        })
+        .collect::<BTreeMap<_, _>>();
     let mut rows = Vec::new();
     for item in items() {
         let mut samples: BTreeMap<System, Vec<Cell>> = BTreeMap::new();
@@ -103,19 +117,6 @@ fn measure(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
         let cells = samples.into_iter().map(|(system, cells)| (system, Cell::median(&cells))).collect();
         rows.push(Row { distance: item.distance, work: item.work, connections: item.connections, cells });
     }
-    let memory = [Distance::Across, Distance::Same]
-        .into_iter()
-        .flat_map(|d| places.iter().filter(|(s, _)| *s != System::Direct).map(move |(s, p)| (d, *s, p)))
-        .map(|(distance, system, place)| ((distance, system), idle_kib(plan, place, distance)))
-        .filter_map(|(key, kib)| match kib {
-            Ok(kib) => Some((key, kib)),
-            // A system that cannot hold them open has no figure; the rest of the table stands.
-            Err(error) => {
-                eprintln!("  {key:?}: {error:#}");
-                None
-            }
-        })
-        .collect::<BTreeMap<_, _>>();
     Ok(Table {
         origin: Origin::of_this_run(),
         rows,
