@@ -44,7 +44,7 @@ async fn a_bad_object_keeps_its_last_good_version_and_the_rest_applies() {
     let response = stream.next().await;
     assert_eq!(response.removed_resources, ["Kubernetes//Pod/default/new"]);
     let found = mesh.until("the bad port is found", |s| s.problems.iter().any(|p| p.code == "MESH101")).await.problems;
-    assert_eq!(errors(&found), ["MESH101 error policy.yaml:2 spec.rules[0].to[0].operation.ports[0]"]);
+    assert_eq!(errors(&found), ["MESH101 error policy.yaml:5 spec.rules[0].to[0].operation.ports[0]"]);
     assert_eq!(mesh.status().await.resources[AUTHORIZATION], 2);
 
     mesh.write("policy.yaml", DENY_ALL);
@@ -65,12 +65,12 @@ async fn every_kind_of_bad_input_is_reported_with_its_place() {
         (
             "cidr.yaml",
             format!("{authz}spec:\n  rules: [{{from: [{{source: {{ipBlocks: [10.0.0.0/33]}}}}]}}]\n"),
-            "MESH101 error cidr.yaml:1 spec.rules[0].from[0].source.ipBlocks[0]",
+            "MESH101 error cidr.yaml:5 spec.rules[0].from[0].source.ipBlocks[0]",
         ),
         (
             "selects.yaml",
             format!("{authz}spec: {{selector: {{matchLabels: {{app: nobody}}}}, rules: [{{}}]}}\n"),
-            "MESH105 warning selects.yaml:1 ",
+            "MESH105 warning selects.yaml:4 spec.selector",
         ),
         (
             "deployment.yaml",
