@@ -5,13 +5,14 @@ use std::sync::{Arc, RwLock};
 
 use arc_swap::ArcSwap;
 use mesh_api::admin::Problem;
-use mesh_core::config::{Compiler, Delta};
+use mesh_core::config::Compiler;
+use mesh_core::snapshot::Change;
 use tokio::sync::watch;
 
 use crate::ads::catalogue::{Catalogue, ResourceType};
 use crate::metrics::{Metrics, TypeLabel};
 use crate::publish::updates;
-use crate::source::{Batch, Source};
+use crate::source::Source;
 use crate::{place, problem};
 
 /// Everything between a source and the streams.
@@ -78,21 +79,24 @@ impl Control {
     /// Reads the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.
     pub fn step(&mut self) {
         let batch = self.source.poll();
-        let has_deltas = !batch.deltas.is_empty();
-        if has_deltas || !self.started {
-            self.started = true;
-            self.compile(&batch.deltas);
+        let is_change = !batch.deltas.is_empty() || !self.started;
+        self.started = true;
+        let mut changes = Vec::new();
+        if is_change {
+            let compiled = self.compiler.blocking_write().compile(&batch.deltas);
+            self.compiler_problems = place::of_compiler(&compiled.problems);
+            changes = compiled.changes;
         }
-        self.report(batch);
-        if has_deltas {
+        // Problems first: who sees a push can see what is wrong with it.
+        self.report(batch.problems);
+        if is_change {
+            self.publish(batch.deltas.len(), &changes);
             self.steps.send_modify(|count| *count += 1);
         }
     }
 
-    fn compile(&mut self, deltas: &[Delta]) {
-        let compiled = self.compiler.blocking_write().compile(deltas);
-        self.compiler_problems = place::of_compiler(&compiled.problems);
-        let updates = updates(&compiled.changes);
+    fn publish(&self, objects: usize, changes: &[Change]) {
+        let updates = updates(changes);
         let (changed, generation, counts) = {
             // A poisoned catalogue is still a whole one: each change is applied before the next begins.
             let mut catalogue = self.catalogue.write().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -107,13 +111,12 @@ impl Control {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             self.metrics.resources.get_or_create(&TypeLabel { r#type: label }).set(count);
         }
-        tracing::info!(objects = deltas.len(), resources = changed, generation, "configuration published");
+        tracing::info!(objects, resources = changed, generation, "configuration published");
         self.generation.send_if_modified(|current| std::mem::replace(current, generation) != generation);
     }
 
     /// Puts the problems into status, and logs those that are new or gone.
-    fn report(&mut self, batch: Batch) {
-        let mut all = batch.problems;
+    fn report(&self, mut all: Vec<Problem>) {
         all.extend(self.compiler_problems.iter().cloned());
         all.sort();
         all.dedup();
