@@ -3,8 +3,9 @@
 //! The accept loop belongs to us because a server that stops accepting at the first error of `accept(2)` can be stopped by
 //! anybody who opens enough connections (RUSTSEC-2024-0376). Handshakes run side by side, bounded in number and time.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -30,8 +31,11 @@ use crate::metrics::Metrics;
 
 /// Connections at once; each node has one or two.
 pub const MAX_CONNECTIONS: usize = 8192;
+/// Connections at once from one address, so that one peer cannot take the room of all: handshakes need no token. Enough for
+/// 256 nodes behind one translated address.
+pub const MAX_PER_PEER: u32 = 512;
 /// Handshakes at once.
-const MAX_HANDSHAKES: usize = 256;
+const MAX_HANDSHAKES: usize = 2048;
 /// Time for a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Wait after an error of `accept`, doubled up to [`MAX_BACKOFF`] while errors go on.
@@ -84,6 +88,42 @@ pub struct Connection {
     tls: TlsStream<TcpStream>,
     peer: SocketAddr,
     _permit: OwnedSemaphorePermit,
+    _seat: Seat,
+}
+
+/// How many connections each address has.
+#[derive(Debug, Clone, Default)]
+struct Peers(Arc<Mutex<BTreeMap<IpAddr, u32>>>);
+
+/// One connection of an address.
+#[derive(Debug)]
+struct Seat {
+    peers: Peers,
+    ip: IpAddr,
+}
+
+impl Peers {
+    fn seat(&self, ip: IpAddr) -> Option<Seat> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(ip).or_default();
+        if *count >= MAX_PER_PEER {
+            return None;
+        }
+        *count += 1;
+        Some(Seat { peers: self.clone(), ip })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut counts = self.peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.ip) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.ip);
+            }
+        }
+    }
 }
 
 /// Accepts connections as long as it is polled. It never ends and never gives an error.
@@ -98,6 +138,7 @@ pub fn incoming(
         metrics,
         handshakes: FuturesUnordered::new(),
         room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        peers: Peers::default(),
         backoff: MIN_BACKOFF,
         quiet: Mutex::default(),
     };
@@ -115,6 +156,7 @@ struct Incoming {
     metrics: Arc<Metrics>,
     handshakes: FuturesUnordered<Handshake>,
     room: Arc<Semaphore>,
+    peers: Peers,
     backoff: Duration,
     quiet: Mutex<QuietLog>,
 }
@@ -154,12 +196,16 @@ impl Incoming {
             self.refused("accept", &peer.ip().to_string(), "too many connections");
             return;
         };
+        let Some(seat) = self.peers.seat(peer.ip()) else {
+            self.refused("accept", &peer.ip().to_string(), "too many connections of this peer");
+            return;
+        };
         let acceptor = self.acceptor.clone();
         let handshake = async move {
             // A failure shows in the handshake.
             let _ = tcp.set_nodelay(true);
             match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
-                Ok(Ok(tls)) => Ok(Connection { tls, peer, _permit: permit }),
+                Ok(Ok(tls)) => Ok(Connection { tls, peer, _permit: permit, _seat: seat }),
                 Ok(Err(error)) => Err((peer, format!("TLS handshake: {error}"))),
                 Err(_) => Err((peer, "TLS handshake: too slow".to_owned())),
             }
