@@ -1,11 +1,14 @@
 //! A controller in this process, with real TLS on an ephemeral port, and clients for it.
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
@@ -55,10 +58,30 @@ impl Drop for TempDir {
     }
 }
 
-/// A running controller.
+/// A running controller, in this process or in one of its own.
 pub struct Mesh {
     pub temp: TempDir,
-    pub running: Running,
+    pub address: SocketAddr,
+    pub server: Server,
+}
+
+pub enum Server {
+    InProcess(Box<Running>),
+    Process(Process),
+}
+
+/// The binary as a child process; it ends with the value.
+pub struct Process {
+    pub child: Child,
+    /// What it wrote to stderr so far.
+    pub log: Arc<Mutex<String>>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Mesh {
@@ -75,7 +98,53 @@ impl Mesh {
         let mut options = options(temp.path());
         change(&mut options);
         let running = app::start(options).await.expect("starts");
-        Self { temp, running }
+        Self { temp, address: running.address, server: Server::InProcess(Box::new(running)) }
+    }
+
+    /// Starts the binary, by a shell line in which `$0` is the command.
+    pub async fn start_process(files: &[(&str, &str)], shell: &str) -> Self {
+        let temp = TempDir::new();
+        fs::create_dir(temp.path().join("config")).unwrap();
+        for (name, text) in files {
+            fs::write(temp.path().join("config").join(name), text).unwrap();
+        }
+        let mut child = Command::new("sh")
+            .args(["-c", shell, env!("CARGO_BIN_EXE_mesh-controller")])
+            .args(["run", "--listen", "127.0.0.1:0", "--log-format", "json", "--config-dir"])
+            .arg(temp.path().join("config"))
+            .arg("--state-dir")
+            .arg(temp.path().join("state"))
+            .arg("--admin-socket")
+            .arg(temp.path().join("admin.sock"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log: Arc<Mutex<String>> = Arc::default();
+        let (ready, address) = tokio::sync::oneshot::channel();
+        let (stderr, sink) = (child.stderr.take().unwrap(), log.clone());
+        std::thread::spawn(move || {
+            let mut ready = Some(ready);
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let event: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                if event["message"] == "ready"
+                    && let Some(ready) = ready.take()
+                {
+                    let _ = ready.send(event["address"].as_str().unwrap_or_default().to_owned());
+                }
+                sink.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        let process = Process { child, log };
+        let address = tokio::time::timeout(DEADLINE, address).await.expect("ready in time");
+        let address = address.unwrap_or_else(|_| panic!("it ended:\n{}", process.log.lock().unwrap()));
+        Self { temp, address: address.parse().unwrap(), server: Server::Process(process) }
+    }
+
+    pub fn process(&mut self) -> &mut Process {
+        match &mut self.server {
+            Server::Process(process) => process,
+            Server::InProcess(_) => panic!("started in this process"),
+        }
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -106,7 +175,7 @@ impl Mesh {
 
     /// A gRPC channel whose server is verified by the given roots.
     pub async fn channel_trusting(&self, roots: &str) -> Result<Channel, String> {
-        let address = self.running.address;
+        let address = self.address;
         let connector = TlsConnector::from(Arc::new(tls_config(roots)));
         let connect = tower::service_fn(move |_| {
             let connector = connector.clone();
