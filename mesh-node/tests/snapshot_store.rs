@@ -1,0 +1,163 @@
+//! The stored configuration against crashes and damage.
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_api::ADDRESS_TYPE_URL;
+use mesh_api::proto::workload::{Address, Workload, address};
+use mesh_api::wds;
+use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope};
+use mesh_core::snapshot::{Change, Snapshot};
+use mesh_node::snapshot_store::{StoreError, load, save};
+use prost::Message;
+
+/// Where the process that is killed writes.
+const DIR: &str = "MESH_TEST_SNAPSHOT_DIR";
+/// Workloads of the configuration that is written over and over: its file is more than a page and less than a second.
+const MANY: usize = 1500;
+/// How often the writer is killed.
+const KILLS: u32 = 25;
+/// Everything here takes milliseconds; this is when a test gives up.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct TempDir(PathBuf);
+
+impl TempDir {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("mesh-snapshot-{name}-{}", std::process::id()));
+        fs::create_dir(&path).expect("a fresh name");
+        Self(path)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join("snapshot")
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn workload(number: usize, node: &str) -> Change {
+    let workload = Workload {
+        uid: format!("Kubernetes//Pod/default/w-{number}"),
+        name: format!("w-{number}"),
+        namespace: "default".into(),
+        service_account: "default".into(),
+        node: node.into(),
+        ..Workload::default()
+    };
+    let address = Address { r#type: Some(address::Type::Workload(workload)) };
+    wds::decode(ADDRESS_TYPE_URL, &address.encode_to_vec()).unwrap()
+}
+
+fn snapshot(workloads: usize, node: &str) -> Snapshot {
+    let mut changes: Vec<_> = (0..workloads).map(|number| workload(number, node)).collect();
+    changes.push(Change::UpsertPolicy(Arc::new(Policy {
+        name: PolicyName { namespace: "default".into(), name: "deny-all".into() },
+        scope: PolicyScope::Namespace,
+        action: Action::Deny,
+        dry_run: false,
+        rules: Vec::new(),
+    })));
+    Snapshot::default().apply(&changes)
+}
+
+/// Names of the nodes of all workloads, and the number of workloads and policies.
+fn read(dir: &Path) -> (Vec<String>, usize, usize) {
+    let stored = load(dir).unwrap_or_else(|error| panic!("{error}")).expect("stored");
+    let read = Snapshot::default().apply(&stored.changes);
+    let mut nodes: Vec<_> = read.workloads().map(|workload| workload.node.to_string()).collect();
+    nodes.sort();
+    nodes.dedup();
+    (nodes, read.workloads().count(), read.policies().count())
+}
+
+/// Not a test: the process that [`a_writer_killed_at_any_moment_leaves_a_whole_configuration`] kills.
+#[test]
+#[ignore = "writes until it is killed"]
+fn the_writer() {
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let snapshots = ["node-a", "node-b"].map(|node| snapshot(MANY, node));
+    for snapshot in snapshots.iter().cycle() {
+        save(Path::new(&dir), snapshot, &Default::default()).unwrap();
+    }
+}
+
+#[test]
+fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
+    let dir = TempDir::new("killed");
+    save(&dir.0, &snapshot(MANY, "node-a"), &Default::default()).unwrap();
+    let mut cut_short = 0;
+    for kill in 0..KILLS {
+        let half = dir.0.join("snapshot.new");
+        let _ = fs::remove_file(&half);
+        let mut writer = Command::new(std::env::current_exe().unwrap());
+        writer
+            .args(["--exact", "the_writer", "--ignored"])
+            .env(DIR, &dir.0)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut writer = writer.spawn().unwrap();
+        // Another moment each time: when the new file has grown to another size.
+        let whole = fs::metadata(dir.file()).unwrap().len();
+        let start = Instant::now();
+        let wanted = whole / u64::from(KILLS) * u64::from(kill);
+        while !fs::metadata(&half).is_ok_and(|found| found.len() >= wanted) {
+            assert!(start.elapsed() < PATIENCE, "the writer does not write {wanted} of {whole} bytes");
+        }
+        writer.kill().unwrap();
+        writer.wait().unwrap();
+        cut_short += u32::from(half.exists());
+        let (nodes, workloads, policies) = read(&dir.0);
+        assert!(nodes == ["node-a"] || nodes == ["node-b"], "a mixture after kill {kill}: {nodes:?}");
+        assert_eq!((workloads, policies), (MANY, 1), "after kill {kill}");
+    }
+    assert!(cut_short > 0, "no kill came between the beginning and the end of a write");
+    println!("{cut_short} of {KILLS} kills left an unfinished file beside the whole one");
+    save(&dir.0, &snapshot(3, "node-c"), &Default::default()).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-c".to_owned()], 3, 1), "what a kill left does not disturb the next writer");
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_is_noticed() {
+    let dir = TempDir::new("damaged");
+    save(&dir.0, &snapshot(3, "node-a"), &Default::default()).unwrap();
+    let good = fs::read(dir.file()).unwrap();
+    let refused = |bytes: &[u8], what: &str| {
+        fs::write(dir.file(), bytes).unwrap();
+        match load(&dir.0) {
+            Err(error @ (StoreError::Format { .. } | StoreError::Damaged { .. })) => error.to_string(),
+            other => panic!("{what}: {other:?}"),
+        }
+    };
+    for at in 0..good.len() {
+        for bit in 0..8 {
+            let mut bytes = good.clone();
+            bytes[at] ^= 1 << bit;
+            refused(&bytes, &format!("bit {bit} of byte {at}"));
+        }
+        refused(&good[..at], &format!("cut to {at} bytes"));
+    }
+    refused(&[&good[..], b"x"].concat(), "one byte more");
+    refused(&[&good[..], &good[..]].concat(), "twice");
+    let newer = [b"mesh-snapshot-2", good.strip_prefix(b"mesh-snapshot-1").unwrap()].concat();
+    let said = refused(&newer, "another version");
+    assert!(said.contains("not of the format mesh-snapshot-1") && said.contains("/snapshot"), "{said}");
+    fs::write(dir.file(), &good).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-a".to_owned()], 3, 1));
+}
+
+#[test]
+fn no_file_is_no_error_and_an_unreadable_one_is() {
+    let dir = TempDir::new("none");
+    assert!(load(&dir.0).unwrap().is_none());
+    fs::create_dir(dir.file()).unwrap();
+    assert!(matches!(load(&dir.0), Err(StoreError::Read { .. })));
+}
