@@ -20,6 +20,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use time::OffsetDateTime;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 /// A peer that says nothing by then is not going to.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -56,7 +57,11 @@ impl Claim {
 }
 
 /// A signer of certificates.
-pub struct Ca(Issuer<'static, KeyPair>);
+pub struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    /// Certificates from the signer up to, but without, a root.
+    chain: Vec<CertificateDer<'static>>,
+}
 
 /// A certificate with its key.
 pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
@@ -70,7 +75,12 @@ impl Ca {
         let pem = std::fs::read_to_string(controller_state.join("ca/signer.pem")).expect("the mesh's signer");
         let at = pem.find("-----BEGIN PRIVATE KEY").expect("key");
         let key = KeyPair::from_pem(&pem[at..]).expect("key");
-        Self(Issuer::from_ca_cert_pem(&pem, key).expect("certificate"))
+        Self::with(Issuer::from_ca_cert_pem(&pem, key).expect("certificate"), Vec::new())
+    }
+
+    /// A signer, and the certificates that its own come with.
+    pub fn with(issuer: Issuer<'static, KeyPair>, chain: Vec<CertificateDer<'static>>) -> Self {
+        Self { issuer, chain }
     }
 
     /// Somebody else's.
@@ -81,7 +91,7 @@ impl Ca {
         let key = KeyPair::generate().expect("key");
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Self(Issuer::new(params, key))
+        Self::with(Issuer::new(params, key), Vec::new())
     }
 
     /// A certificate that claims something.
@@ -102,8 +112,9 @@ impl Ca {
         if claim.is_ca {
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         }
-        let certificate = params.signed_by(&key, &self.0).expect("sign");
-        (vec![certificate.der().clone()], PrivateKeyDer::try_from(key.serialize_der()).expect("key"))
+        let certificate = params.signed_by(&key, &self.issuer).expect("sign");
+        let chain = std::iter::once(certificate.der()).chain(&self.chain).cloned().collect();
+        (chain, PrivateKeyDer::try_from(key.serialize_der()).expect("key"))
     }
 }
 
@@ -172,12 +183,8 @@ pub async fn dial(netns: &Path, to: SocketAddr) -> io::Result<TcpStream> {
     TcpStream::from_std(tcp)
 }
 
-/// Opens a tunnel; an error says at what it failed. In TLS 1.3 the client's side is done before the server has looked at
-/// the certificate, so a refusal may show only at the first request.
-///
-/// # Errors
-/// The server does not want it.
-pub async fn tunnel(netns: &Path, to: SocketAddr, approach: Approach) -> Result<SendRequest<Bytes>, String> {
+/// Shakes hands, whoever the server is.
+async fn shake_hands(netns: &Path, to: SocketAddr, approach: Approach) -> Result<TlsStream<TcpStream>, String> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -191,7 +198,25 @@ pub async fn tunnel(netns: &Path, to: SocketAddr, approach: Approach) -> Result<
     config.alpn_protocols = vec![approach.alpn.to_vec()];
     let tcp = dial(netns, to).await.map_err(|error| format!("connect: {error}"))?;
     let connecting = TlsConnector::from(Arc::new(config)).connect(ServerName::from(to.ip()), tcp);
-    let tls = within(connecting).await?.map_err(|error| format!("TLS: {error}"))?;
+    within(connecting).await?.map_err(|error| format!("TLS: {error}"))
+}
+
+/// The certificates that a server shows, its own first.
+///
+/// # Errors
+/// The handshake fails.
+pub async fn shown(netns: &Path, to: SocketAddr, approach: Approach) -> Result<Vec<CertificateDer<'static>>, String> {
+    let tls = shake_hands(netns, to, approach).await?;
+    Ok(tls.get_ref().1.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect())
+}
+
+/// Opens a tunnel; an error says at what it failed. In TLS 1.3 the client's side is done before the server has looked at
+/// the certificate, so a refusal may show only at the first request.
+///
+/// # Errors
+/// The server does not want it.
+pub async fn tunnel(netns: &Path, to: SocketAddr, approach: Approach) -> Result<SendRequest<Bytes>, String> {
+    let tls = shake_hands(netns, to, approach).await?;
     let (send, driver) = within(h2::client::handshake(tls)).await?.map_err(|error| format!("HTTP/2: {error}"))?;
     tokio::spawn(async move {
         // Its end shows in the requests.

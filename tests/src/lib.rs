@@ -4,6 +4,7 @@ pub mod bench;
 
 pub mod bpf_map;
 
+pub mod cacerts;
 pub mod capture_bed;
 
 pub mod hostile;
