@@ -79,19 +79,21 @@ fn read(dir: &Path) -> (Vec<String>, usize, usize) {
     (nodes, read.workloads().count(), read.policies().count())
 }
 
-/// Not a test: the process that [`a_writer_killed_at_any_moment_leaves_a_whole_configuration`] kills.
-#[test]
-#[ignore = "writes until it is killed"]
-fn the_writer() {
-    let Some(dir) = std::env::var_os(DIR) else { return };
+/// What the process does that [`a_writer_killed_at_any_moment_leaves_a_whole_configuration`] starts and kills.
+fn write_until_killed(dir: &Path) -> ! {
     let snapshots = ["node-a", "node-b"].map(|node| snapshot(MANY, node));
-    for snapshot in snapshots.iter().cycle() {
-        save(Path::new(&dir), snapshot, &Default::default()).unwrap();
+    loop {
+        for snapshot in &snapshots {
+            save(dir, snapshot, &Default::default()).unwrap();
+        }
     }
 }
 
 #[test]
 fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
+    if let Some(dir) = std::env::var_os(DIR) {
+        write_until_killed(Path::new(&dir));
+    }
     let dir = TempDir::new("killed");
     save(&dir.0, &snapshot(MANY, "node-a"), &Default::default()).unwrap();
     let mut cut_short = 0;
@@ -100,7 +102,7 @@ fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
         let _ = fs::remove_file(&half);
         let mut writer = Command::new(std::env::current_exe().unwrap());
         writer
-            .args(["--exact", "the_writer", "--ignored"])
+            .args(["--exact", "a_writer_killed_at_any_moment_leaves_a_whole_configuration"])
             .env(DIR, &dir.0)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
