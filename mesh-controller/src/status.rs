@@ -40,16 +40,19 @@ pub struct StatusPages {
 
 impl StatusPages {
     fn status(&self) -> ControllerStatus {
-        let resources = self.catalogue.read().map_or_else(
+        let (resources, generation) = self.catalogue.read().map_or_else(
             |_| Default::default(),
-            |catalogue| ResourceType::ALL.iter().map(|t| (t.type_url().to_owned(), catalogue.len(*t) as u64)).collect(),
+            |catalogue| {
+                let counts = ResourceType::ALL.iter().map(|t| (t.type_url().to_owned(), catalogue.len(*t) as u64));
+                (counts.collect(), catalogue.generation())
+            },
         );
         ControllerStatus {
             version: VERSION.into(),
             trust_domain: self.trust_domain.clone(),
             sources: self.sources.clone(),
             resources,
-            nodes: self.nodes.rows(Instant::now()),
+            nodes: self.nodes.rows(generation, Instant::now()),
             problems: self.problems.load().to_vec(),
             roots: self.authority.load().roots().iter().map(|root| fingerprint(root)).collect(),
         }

@@ -26,6 +26,8 @@ struct StreamState {
     node: String,
     address: SocketAddr,
     sync: Sync,
+    /// Generation of the catalogue that `sync` speaks of.
+    generation: u64,
     last_ack: Option<Instant>,
     rejected: BTreeMap<String, String>,
 }
@@ -43,17 +45,22 @@ impl Nodes {
         let mut streams = self.lock();
         let id = streams.next_id;
         streams.next_id += 1;
-        let rejected = BTreeMap::new();
-        streams
-            .by_id
-            .insert(id, StreamState { node: node.to_owned(), address, sync: Sync::NotSent, last_ack: None, rejected });
+        let state = StreamState {
+            node: node.to_owned(),
+            address,
+            sync: Sync::NotSent,
+            generation: 0,
+            last_ack: None,
+            rejected: BTreeMap::new(),
+        };
+        streams.by_id.insert(id, state);
         Stream { nodes: self.clone(), id }
     }
 
-    /// For `GET /status`, sorted by node.
-    pub fn rows(&self, now: Instant) -> Vec<ConnectedNode> {
+    /// For `GET /status`, sorted by node; `generation` is the one that is published.
+    pub fn rows(&self, generation: u64, now: Instant) -> Vec<ConnectedNode> {
         let streams = self.lock();
-        let mut rows: Vec<_> = streams.by_id.values().map(|s| row(s, now)).collect();
+        let mut rows: Vec<_> = streams.by_id.values().map(|s| row(s, generation, now)).collect();
         rows.sort_by(|a, b| (&a.node, &a.address).cmp(&(&b.node, &b.address)));
         rows
     }
@@ -63,14 +70,15 @@ impl Nodes {
     }
 }
 
-fn row(stream: &StreamState, now: Instant) -> ConnectedNode {
+/// A stream that has not looked at what is published yet is not in sync with it, whatever it said before.
+fn row(stream: &StreamState, generation: u64, now: Instant) -> ConnectedNode {
     ConnectedNode {
         node: stream.node.clone(),
         address: stream.address.to_string(),
         sync: match stream.sync {
             Sync::NotSent => "NOT SENT",
-            Sync::Stale => "STALE",
-            Sync::Synced => "SYNCED",
+            Sync::Synced if stream.generation >= generation => "SYNCED",
+            Sync::Synced | Sync::Stale => "STALE",
         }
         .into(),
         last_ack_secs: stream.last_ack.map_or(0, |at| now.saturating_duration_since(at).as_secs()),
@@ -79,9 +87,9 @@ fn row(stream: &StreamState, now: Instant) -> ConnectedNode {
 }
 
 impl Stream {
-    /// Notes how the stream stands.
-    pub fn note(&self, sync: Sync) {
-        self.update(|state| state.sync = sync);
+    /// Notes how the stream stands to a generation of the catalogue.
+    pub fn note(&self, sync: Sync, generation: u64) {
+        self.update(|state| (state.sync, state.generation) = (sync, generation));
     }
 
     /// Notes an answer of the client and what it refuses.
@@ -102,5 +110,25 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.nodes.lock().by_id.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_has_not_seen_what_is_published_is_stale() {
+        let nodes = Arc::new(Nodes::default());
+        let stream = nodes.connect("node-a", SocketAddr::from(([10, 0, 0, 1], 1)));
+        let shown = |generation| nodes.rows(generation, Instant::now())[0].sync.clone();
+        assert_eq!(shown(0), "NOT SENT");
+        stream.note(Sync::Synced, 3);
+        assert_eq!(shown(3), "SYNCED");
+        assert_eq!(shown(4), "STALE", "it was in sync with an older one");
+        stream.note(Sync::Stale, 4);
+        assert_eq!(shown(4), "STALE");
+        stream.note(Sync::Synced, 4);
+        assert_eq!(shown(4), "SYNCED");
     }
 }

@@ -112,11 +112,11 @@ impl Driver {
     async fn next(&mut self) -> Result<Option<DeltaDiscoveryResponse>, Status> {
         loop {
             self.generation.mark_unchanged();
-            let response = {
+            let (response, seen) = {
                 let catalogue = self.shared.catalogue.read().map_err(|_| Status::internal("the catalogue is lost"))?;
-                self.session.next(&catalogue).map_err(|error| status(&error))?
+                (self.session.next(&catalogue).map_err(|error| status(&error))?, catalogue.generation())
             };
-            self.entry.note(self.session.sync());
+            self.entry.note(self.session.sync(), seen);
             if let Some(response) = response {
                 self.count(&response);
                 return Ok(Some(response));
