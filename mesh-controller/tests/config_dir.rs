@@ -126,8 +126,9 @@ async fn a_whole_batch_is_one_step() {
     assert_eq!(stream.next().await.removed_resources.len(), 200);
 }
 
-fn seed(name: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/seed").join(name)).unwrap()
+/// One of the examples that the data path tests apply to a running mesh too.
+fn example(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/examples").join(name)).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -136,7 +137,7 @@ async fn the_mtls_example_compiles() {
     let production = pod("backend", "node-a", "backend", "10.0.0.2")
         .replace("name: backend\n", "name: backend\n  namespace: production\n");
     let mesh =
-        Mesh::start(&[("06.yaml", &seed("06-mtls.yaml")), ("pods.yaml", &format!("{legacy}{production}"))]).await;
+        Mesh::start(&[("06.yaml", &example("06-mtls.yaml")), ("pods.yaml", &format!("{legacy}{production}"))]).await;
     assert_eq!(errors(&mesh.problems().await), [""; 0]);
     let mut stream = mesh.stream("node-a").await;
     stream.subscribe(AUTHORIZATION).await;
@@ -146,7 +147,7 @@ async fn the_mtls_example_compiles() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_authorization_example_compiles_and_says_what_is_stricter() {
-    let mesh = Mesh::start(&[("07.yaml", &seed("07-authorization.yaml"))]).await;
+    let mesh = Mesh::start(&[("07.yaml", &example("07-authorization.yaml"))]).await;
     let found = mesh.problems().await;
     assert_eq!(errors(&found), [""; 0], "{found:#?}");
     let http: Vec<_> = found.iter().filter(|p| p.code == "MESH102").map(|p| p.object.as_str()).collect();
@@ -169,7 +170,7 @@ async fn the_authorization_example_compiles_and_says_what_is_stricter() {
 /// The example shows one PeerAuthentication in two phases: in one directory they are one name twice, the first wins.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_migration_example_compiles_phase_by_phase() {
-    let text = seed("14-migration.yaml");
+    let text = example("14-migration.yaml");
     let phases: Vec<&str> = text.split("---\n").collect();
     assert_eq!(phases.len(), 3);
     let mesh = Mesh::start(&[("14.yaml", &text), ("pod.yaml", &pod("app", "node-a", "app", "10.0.0.1"))]).await;
