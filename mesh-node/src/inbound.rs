@@ -12,7 +12,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Method, Request, Response, StatusCode};
-use mesh_core::flow::{InboundFlow, RESERVED_PORTS};
+use mesh_core::flow::{InboundFlow, RESERVED_PORTS, Refusal};
 use mesh_core::identity::SpiffeId;
 use mesh_core::inbound::{InboundRefusal, inbound_target};
 use mesh_core::workload::Workload;
@@ -82,6 +82,9 @@ enum InboundError {
     Full,
     /// Judged.
     #[error("{0}")]
+    Refused(Refusal),
+    /// Ended from outside while it was set up.
+    #[error("{0}")]
     Closed(CloseReason),
     /// The application does not take it.
     #[error("dial {address}: {source}")]
@@ -97,12 +100,23 @@ enum InboundError {
 }
 
 impl InboundError {
+    /// A verdict on a connection that did not exist before.
+    fn not_admitted(reason: CloseReason) -> Self {
+        match reason {
+            CloseReason::Denied(refusal) => Self::Refused(refusal),
+            reason @ (CloseReason::IdentityWithdrawn(_) | CloseReason::WorkloadStopped | CloseReason::Drained) => {
+                Self::Closed(reason)
+            }
+        }
+    }
+
     /// The answer to a CONNECT (ztunnel's: 400 for what cannot be right, 401 for policy, 503 for what may be later).
     fn status(&self) -> StatusCode {
         match self {
             Self::Method(_) | Self::Destination(_) => StatusCode::BAD_REQUEST,
-            Self::Closed(CloseReason::Denied(_)) => StatusCode::UNAUTHORIZED,
-            Self::ClientExpired(_) => StatusCode::UNAUTHORIZED,
+            Self::Refused(_) | Self::Closed(CloseReason::Denied(_)) | Self::ClientExpired(_) => {
+                StatusCode::UNAUTHORIZED
+            }
             Self::NotConfigured
             | Self::NoCertificate(_)
             | Self::Full
@@ -114,7 +128,7 @@ impl InboundError {
 
     fn flags(&self) -> ResponseFlags {
         match self {
-            Self::Closed(CloseReason::Denied(_)) => ResponseFlags::Deny,
+            Self::Refused(_) | Self::Closed(CloseReason::Denied(_)) => ResponseFlags::Deny,
             Self::Closed(CloseReason::IdentityWithdrawn(_)) | Self::NoCertificate(_) | Self::ClientExpired(_) => {
                 ResponseFlags::IdentityError
             }
@@ -354,7 +368,7 @@ async fn admit(
         registered.live.verdict(&worker.shared.view.load())
     };
     if let Some(reason) = reason {
-        return Err((registered, InboundError::Closed(reason)));
+        return Err((registered, InboundError::not_admitted(reason)));
     }
     let carried = match client {
         Some(_) => Source::Client(source),
