@@ -25,10 +25,10 @@ impl Row for ProblemRow {
         Column::Narrow("SEVERITY"),
         Column::Narrow("CODE"),
         Column::Narrow("WHERE"),
+        Column::Narrow("OBJECT"),
         Column::Narrow("FIELD"),
         Column::Narrow("MESSAGE"),
         Column::Narrow("WHAT TO DO"),
-        Column::Wide("OBJECT"),
     ];
 
     fn cells(&self) -> Vec<String> {
@@ -39,10 +39,10 @@ impl Row for ProblemRow {
             p.severity.clone(),
             p.code.clone(),
             place,
+            p.object.clone(),
             p.field.clone(),
             p.message.clone(),
             p.hint.clone(),
-            p.object.clone(),
         ]
     }
 }
