@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mesh_api::admin::Problem;
-use mesh_core::config::{Compiler, Delta, Settings};
+use mesh_core::config::{Compiler, Delta, HttpFields, Settings, Waypoints};
 use time::OffsetDateTime;
 
 use crate::app::{self, Options};
@@ -66,9 +66,8 @@ struct RunArgs {
     /// Cluster id, the first part of a pod's uid
     #[arg(long, env = "MESH_CLUSTER", default_value = "Kubernetes", value_name = "ID")]
     cluster: String,
-    /// Namespace whose policies are mesh-wide
-    #[arg(long, env = "MESH_ROOT_NAMESPACE", default_value = "istio-system", value_name = "NAMESPACE")]
-    root_namespace: String,
+    #[command(flatten)]
+    meaning: MeaningArgs,
     /// Life of workload certificates, at most 90d
     #[arg(long, env = "MESH_LEAF_TTL", default_value = "24h", value_name = "DURATION", value_parser = parse_duration)]
     leaf_ttl: Duration,
@@ -81,6 +80,53 @@ struct RunArgs {
     /// Form of the log on stderr; RUST_LOG selects what is logged
     #[arg(long, env = "MESH_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
+}
+
+/// How YAML is read, mesh-wide.
+#[derive(Debug, Args)]
+struct MeaningArgs {
+    /// Namespace whose policies are mesh-wide
+    #[arg(long, env = "MESH_ROOT_NAMESPACE", default_value = "istio-system", value_name = "NAMESPACE")]
+    root_namespace: String,
+    /// What node proxies do about fields that they cannot see, HTTP's above all
+    #[arg(long, env = "MESH_HTTP_FIELDS", default_value = "stricter")]
+    http_fields: HttpFieldsArg,
+    /// What `istio.io/use-waypoint` asks of clients
+    #[arg(long, env = "MESH_WAYPOINTS", default_value = "required")]
+    waypoints: WaypointsArg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum HttpFieldsArg {
+    /// The rule gets stricter, never looser, and a warning says so
+    Stricter,
+    /// As istiod and ztunnel do, where they fail open too
+    Upstream,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum WaypointsArg {
+    /// Connections go through the waypoint, or are refused
+    Required,
+    /// Nothing: a mesh without waypoints
+    Ignored,
+}
+
+impl MeaningArgs {
+    fn settings(self) -> Settings {
+        Settings {
+            root_namespace: self.root_namespace.into(),
+            http_fields: match self.http_fields {
+                HttpFieldsArg::Stricter => HttpFields::Stricter,
+                HttpFieldsArg::Upstream => HttpFields::UpstreamBehaviour,
+            },
+            waypoints: match self.waypoints {
+                WaypointsArg::Required => Waypoints::Required,
+                WaypointsArg::Ignored => Waypoints::Ignored,
+            },
+            ..Settings::default()
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -106,9 +152,8 @@ struct CheckArgs {
     /// Directory of YAML or JSON
     #[arg(long, env = "MESH_CONFIG_DIR", required = true, value_name = "DIR", value_delimiter = ',')]
     config_dir: Vec<PathBuf>,
-    /// Namespace whose policies are mesh-wide
-    #[arg(long, env = "MESH_ROOT_NAMESPACE", default_value = "istio-system", value_name = "NAMESPACE")]
-    root_namespace: String,
+    #[command(flatten)]
+    meaning: MeaningArgs,
     /// Form of the result
     #[arg(short, long, default_value = "table")]
     output: Output,
@@ -158,8 +203,7 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         settings: Settings {
             cluster: args.cluster.into(),
             trust_domain: args.trust_domain.into(),
-            root_namespace: args.root_namespace.into(),
-            ..Settings::default()
+            ..args.meaning.settings()
         },
         leaf_ttl: args.leaf_ttl,
         cacerts: args.cacerts,
@@ -203,8 +247,7 @@ fn rotate_root(args: &RotateArgs) -> anyhow::Result<ExitCode> {
 
 fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let batch = Source::directories(args.config_dir).poll();
-    let settings = Settings { root_namespace: args.root_namespace.into(), ..Settings::default() };
-    let compiled = Compiler::new(settings).compile(&batch.deltas);
+    let compiled = Compiler::new(args.meaning.settings()).compile(&batch.deltas);
     let mut problems = batch.problems;
     problems.extend(place::of_compiler(&compiled.problems));
     problems.sort_by(|a, b| (&a.file, a.line, &a.code, &a.field).cmp(&(&b.file, b.line, &b.code, &b.field)));

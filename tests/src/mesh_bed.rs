@@ -139,6 +139,15 @@ impl MeshBed {
         stored.windows(word.len()).any(|window| window == word.as_bytes()).then_some(())
     }
 
+    /// Waits until the access log of a node has a line with all the words; the first such line.
+    pub fn logged(&self, node: &str, words: &[&str]) -> String {
+        let log = self.sandbox.layout.node(node).join("access.log");
+        eventually(&format!("a line with {words:?} in {}", log.display()), || {
+            let text = std::fs::read_to_string(&log).ok()?;
+            text.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned)
+        })
+    }
+
     /// Process of a node's proxy.
     pub fn proxy(&self, node: &str) -> i32 {
         let pid = eventually("the node proxy's status", || self.status(node)).pid;

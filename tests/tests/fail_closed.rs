@@ -53,15 +53,6 @@ fn controller(bed: &MeshBed) -> ControllerStatus {
     eventually("the controller's status", || runtime.block_on(mesh_ctl::admin::get(&socket, "/status")).ok())
 }
 
-/// Waits until the access logs of a node have a line with all the words.
-fn logged(bed: &MeshBed, node: &str, words: &[&str]) -> String {
-    let log = bed.sandbox.layout.node(node).join("access.log");
-    eventually(&format!("a line with {words:?} in {}", log.display()), || {
-        let text = std::fs::read_to_string(&log).ok()?;
-        text.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned)
-    })
-}
-
 #[test]
 fn while_the_proxy_does_not_come_back_connections_wait_a_second_at_most() {
     let bed = MeshBed::up("wait", two_nodes());
@@ -141,7 +132,7 @@ fn a_policy_that_has_not_arrived_denies() {
     bed.stream("client", free).wait("traffic to a workload without policies", Attempt::is_ok);
     none_gets_through(&bed, "client", far, "the policy is not there");
     none_gets_through(&bed, "other", far, "whom it concerns is not known without it");
-    let line = logged(&bed, "node-b", &["not-the-client"]);
+    let line = bed.logged("node-b", &["not-the-client"]);
     assert!(line.contains("default/not-the-client"), "{line}");
 }
 
@@ -167,7 +158,7 @@ fn http_fields_that_this_proxy_cannot_judge_make_a_rule_stricter_and_are_reporte
 #[test]
 fn a_service_that_needs_a_waypoint_is_refused_until_there_is_one() {
     let topology = labelled().service(Service::new("far").selects("app", "far").port("tcp-echo", ECHO, ECHO));
-    let bed = MeshBed::up("waypoint", topology);
+    let mut bed = MeshBed::up("waypoint", topology);
     let service = bed.sandbox.topology().services.first().expect("service").clone();
     let vip = SocketAddr::new(bed.sandbox.topology().vips(&service)[0], ECHO);
     bed.stream("client", vip).wait("traffic to the service", Attempt::is_ok);
@@ -178,9 +169,15 @@ fn a_service_that_needs_a_waypoint_is_refused_until_there_is_one() {
     write_config(&bed, "10-services.yaml", &needs);
     bed.stream("client", vip).wait("refusal", |attempt| !attempt.is_ok());
     none_gets_through(&bed, "client", vip, "its waypoint does not exist");
-    logged(&bed, "node-a", &["connection failed", "waypoint of default/far.default.svc.cluster.local is not ready"]);
+    bed.logged("node-a", &["connection failed", "waypoint of default/far.default.svc.cluster.local is not ready"]);
     write_config(&bed, "10-services.yaml", &plain);
     bed.stream("client", vip).wait("traffic to the service", Attempt::is_ok);
+    // The switch for a mesh without waypoints.
+    write_config(&bed, "10-services.yaml", &needs);
+    bed.stream("client", vip).wait("refusal", |attempt| !attempt.is_ok());
+    bed.sandbox.end_part(&Part::Controller).unwrap();
+    bed.sandbox.start_controller_with(&["--waypoints", "ignored"].map(str::to_owned)).unwrap();
+    bed.stream("client", vip).wait("traffic where the label is ignored", Attempt::is_ok);
 }
 
 #[test]
@@ -220,7 +217,7 @@ fn an_unknown_destination_inside_the_mesh_network_is_not_answered_by_somebody_el
     let nobody = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 244, 2, 200)), ECHO);
     let attempt = bed.stream("client", nobody).wait("an attempt", |_| true);
     assert!(!attempt.is_ok(), "{attempt:?}");
-    logged(&bed, "node-a", &["connection failed", "10.244.2.200"]);
+    bed.logged("node-a", &["connection failed", "10.244.2.200"]);
 }
 
 /// How long a certificate is accepted after its end, and a margin.
