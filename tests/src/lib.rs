@@ -12,6 +12,7 @@ pub mod hostile;
 pub mod link;
 
 pub mod mesh_bed;
+pub mod policy_bed;
 pub mod sandbox_bed;
 
 pub mod wire;

@@ -1,12 +1,14 @@
-//! The client of the tests: runs inside a workload, talks to a server that returns every byte, prints what it saw.
+//! Client and server of the tests: runs inside a workload; the client prints what it saw.
 //!
+//! `serve PORT...`: returns every byte, on all these ports of both families. `once ADDR...`: one connection to each, with
+//! the marker there and back; a line for each, in order: `ok` or the kind of the error.
 //! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends, each with the marker that the wire
 //! checks look for; a line for each: `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
 //! line of standard input goes through it, and what comes back is printed; `closed KIND` at its end. `until-ok ADDR`: the
 //! marker from the first instruction on, again and again, until it comes back.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +35,14 @@ fn main() -> ExitCode {
             Ok(addr) => until_ok(addr),
             Err(_) => return usage(),
         },
+        ["once", ref addrs @ ..] => match addrs.iter().map(|addr| addr.parse()).collect::<Result<Vec<_>, _>>() {
+            Ok(addrs) => once(&addrs),
+            Err(_) => return usage(),
+        },
+        ["serve", ref ports @ ..] => match ports.iter().map(|port| port.parse()).collect::<Result<Vec<_>, _>>() {
+            Ok(ports) => serve(&ports),
+            Err(_) => return usage(),
+        },
         // Anything else is not a command line of ours.
         _ => return usage(),
     };
@@ -46,7 +56,7 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR | until-ok ADDR");
+    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR | until-ok ADDR | once ADDR... | serve PORT...");
     ExitCode::FAILURE
 }
 
@@ -62,7 +72,7 @@ fn stream(addr: SocketAddr, pause: Duration) -> io::Result<()> {
     while !ended.load(Ordering::Relaxed) {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let clock = Instant::now();
-        let outcome = exchange(addr).map_or_else(|error| format!("{:?}", error.kind()), |()| "ok".to_owned());
+        let outcome = outcome(&exchange(addr));
         writeln!(out, "{} {} {outcome}", started.as_micros(), clock.elapsed().as_micros())?;
         out.flush()?;
         std::thread::sleep(pause);
@@ -76,6 +86,37 @@ fn until_ok(addr: SocketAddr) -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
+}
+
+fn once(addrs: &[SocketAddr]) -> io::Result<()> {
+    for addr in addrs {
+        println!("{}", outcome(&exchange(*addr)));
+    }
+    Ok(())
+}
+
+fn outcome(done: &io::Result<()>) -> String {
+    done.as_ref().map_or_else(|error| format!("{:?}", error.kind()), |()| "ok".to_owned())
+}
+
+/// Until the process is killed, or a listener fails.
+fn serve(ports: &[u16]) -> io::Result<()> {
+    let listeners = ports.iter().map(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)));
+    let listeners: Vec<TcpListener> = listeners.collect::<io::Result<_>>()?;
+    let serving: Vec<_> =
+        listeners.into_iter().map(|listener| std::thread::spawn(move || serve_one(&listener))).collect();
+    serving
+        .into_iter()
+        .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("a server panicked"))))
+}
+
+fn serve_one(listener: &TcpListener) -> io::Result<()> {
+    loop {
+        let (mut connection, _) = listener.accept()?;
+        connection.set_nodelay(true)?;
+        // A connection that breaks concerns its client alone, who sees it.
+        std::thread::spawn(move || connection.try_clone().and_then(|mut read| io::copy(&mut read, &mut connection)));
+    }
 }
 
 /// The marker, there and back.
