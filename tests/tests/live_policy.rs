@@ -66,14 +66,6 @@ fn ended(held: &mut [Held], arrived: Instant, what: &str) {
     println!("{what}: all ended {:?} after the policy's arrival", arrived.elapsed());
 }
 
-fn logged(bed: &MeshBed, node: &str, words: &[&str]) {
-    let log = bed.sandbox.layout.node(node).join("access.log");
-    eventually(&format!("a line with {words:?} in {}", log.display()), || {
-        let text = std::fs::read_to_string(&log).ok()?;
-        text.lines().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
-    });
-}
-
 #[test]
 fn a_new_deny_policy_ends_live_connections_across_nodes_and_on_one_and_spares_others() {
     let bed = MeshBed::up("deny", two_nodes().workload(Workload::new("other", "node-a")));
@@ -88,10 +80,64 @@ fn a_new_deny_policy_ends_live_connections_across_nodes_and_on_one_and_spares_ot
     }
     for (node, workload) in [("node-b", "far"), ("node-a", "near")] {
         let dst = format!("\"dst.workload\":\"{workload}\"");
-        logged(&bed, node, &["default/not-the-client", &dst, "\"direction\":\"inbound\""]);
+        bed.logged(node, &["default/not-the-client", &dst, "\"direction\":\"inbound\""]);
     }
     std::fs::remove_file(bed.sandbox.layout.config().join("policy.yaml")).unwrap();
     bed.stream("client", bed.address("far")).wait("traffic when the policy is gone", Attempt::is_ok);
+}
+
+/// Nobody but this one may talk to anybody in the namespace.
+fn allow_only(client: &str) -> String {
+    format!(
+        "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: only-one, namespace: default}}
+spec:
+  rules:
+  - from: [{{source: {{principals: [cluster.local/ns/default/sa/{client}]}}}}]
+"
+    )
+}
+
+#[test]
+fn a_policy_that_is_made_replaced_and_deleted_is_followed_by_new_and_live_connections() {
+    let outsider = Workload::new("outsider", "node-a").outside_mesh();
+    let bed = MeshBed::up("life", two_nodes().workload(Workload::new("other", "node-a")).workload(outsider));
+    let both = |from: &str| -> Vec<Held> { ["far", "near"].into_iter().flat_map(|to| hold(&bed, from, to)).collect() };
+    let refused = |from: &str, why: &str| {
+        for to in ["far", "near"] {
+            let attempt = bed.stream(from, bed.address(to)).wait("an attempt", |_| true);
+            assert!(!attempt.is_ok(), "{from} to {to}: {why}");
+        }
+    };
+    let both_have = |name: &str| arrived(&bed, "node-a", name).max(arrived(&bed, "node-b", name));
+    let (mut client, mut other, mut outsider) = (both("client"), both("other"), both("outsider"));
+
+    write(&bed, &allow_only("client"));
+    let at = both_have("only-one");
+    ended(&mut other, at, "of others, when the policy was made");
+    ended(&mut outsider, at, "in clear, when the policy was made");
+    refused("other", "the policy was made");
+    refused("outsider", "the policy was made");
+    client.iter_mut().for_each(|held| assert_eq!(held.say("allowed"), "allowed"));
+
+    write(&bed, &allow_only("other"));
+    // Its name stays, so that its arrival shows in what it lets in.
+    for to in ["far", "near"] {
+        bed.stream("other", bed.address(to)).wait("traffic that the replaced policy lets in", Attempt::is_ok);
+    }
+    ended(&mut client, Instant::now(), "of the one that was allowed before");
+    refused("client", "the policy was replaced");
+    let mut other = both("other");
+
+    std::fs::remove_file(bed.sandbox.layout.config().join("policy.yaml")).unwrap();
+    for from in ["client", "outsider"] {
+        for to in ["far", "near"] {
+            bed.stream(from, bed.address(to)).wait("traffic when the policy is gone", Attempt::is_ok);
+        }
+    }
+    other.iter_mut().for_each(|held| assert_eq!(held.say("spared"), "spared", "when the policy was deleted"));
 }
 
 #[test]
