@@ -108,10 +108,14 @@ pub async fn connect_application(
     loop {
         let port = rand::random_range(ports.clone());
         let socket = namespaces.socket(namespace, to.ip())?;
-        spoof(&socket, client, port)?;
         tries += 1;
-        match connect(socket, to).await {
-            // Another connection has this port towards this destination; the next draw is another one.
+        let connected = match spoof(&socket, client, port) {
+            Ok(()) => connect(socket, to).await,
+            Err(error) => Err(error),
+        };
+        match connected {
+            // Somebody listens on this port, or another connection has it towards this destination; the next draw is
+            // another one.
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
                     && tries < SPOOFED_PORT_TRIES => {}

@@ -1,6 +1,7 @@
 //! Client and server of the tests: runs inside a workload; the client prints what it saw.
 //!
-//! `serve PORT...`: returns every byte, on all these ports of both families. `once ADDR...`: one connection to each, with
+//! `serve PORT...`: returns every byte, on all these ports of both families. `hoard FIRST LAST PORT`: the same on one port,
+//! and listens on a whole range of others. `once ADDR...`: one connection to each, with
 //! the marker there and back; a line for each, in order: `ok` or the kind of the error.
 //! `stream ADDR PAUSE_MS`: one connection after the other until standard input ends, each with the marker that the wire
 //! checks look for; a line for each: `STARTED_US TOOK_US OUTCOME`, where the outcome is `ok` or the kind of the error. `hold ADDR`: one connection; each
@@ -9,6 +10,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::ops::RangeInclusive;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,6 +45,11 @@ fn main() -> ExitCode {
             Ok(ports) => serve(&ports),
             Err(_) => return usage(),
         },
+        ["hoard", first, last, port] => match (first.parse(), last.parse(), port.parse()) {
+            (Ok(first), Ok(last), Ok(port)) => hoard(first..=last, port),
+            // One of them is not a port.
+            _ => return usage(),
+        },
         // Anything else is not a command line of ours.
         _ => return usage(),
     };
@@ -56,7 +63,9 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR | until-ok ADDR | once ADDR... | serve PORT...");
+    eprintln!(
+        "usage: mesh-probe stream ADDR PAUSE_MS | hold ADDR | until-ok ADDR | once ADDR... | serve PORT... | hoard FIRST LAST PORT"
+    );
     ExitCode::FAILURE
 }
 
@@ -108,6 +117,12 @@ fn serve(ports: &[u16]) -> io::Result<()> {
     serving
         .into_iter()
         .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("a server panicked"))))
+}
+
+fn hoard(range: RangeInclusive<u16>, port: u16) -> io::Result<()> {
+    let listeners = range.map(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
+    let _hoard: Vec<TcpListener> = listeners.collect::<io::Result<_>>()?;
+    serve(&[port])
 }
 
 fn serve_one(listener: &TcpListener) -> io::Result<()> {
