@@ -84,8 +84,13 @@ fn identity(namespace: &Arc<str>, service_account: &Arc<str>, settings: &Setting
 pub(crate) fn of_pod(pod: &Pod, inputs: &Inputs, settings: &Settings, findings: &mut Findings) -> Selected {
     let meta = &pod.meta;
     let key = ObjectKey::new(Kind::Pod, &meta.namespace, &meta.name);
-    let addresses = if pod.host_network { pod.ips.clone() } else { owned(&pod.ips, &key, inputs, findings) };
-    if is_completed(pod) || addresses.is_empty() {
+    let addresses = match (is_completed(pod), pod.host_network) {
+        // Its address may be another's by now, which is nobody's fault.
+        (true, _) => Vec::new(),
+        (false, true) => pod.ips.clone(),
+        (false, false) => owned(&pod.ips, &key, inputs, findings),
+    };
+    if addresses.is_empty() {
         return Selected { workload: None, selected_by: Vec::new() };
     }
     let namespace = inputs.namespace(&meta.namespace);
