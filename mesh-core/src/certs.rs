@@ -53,7 +53,7 @@ pub enum CertState {
 pub enum Adoption {
     /// Use it.
     Use,
-    /// Nobody wants this identity any more, the certificate has run out, or a longer valid one is there. Drop it.
+    /// Nobody wants this identity any more, the certificate has run out, or one that was issued later is there. Drop it.
     Discard,
 }
 
@@ -64,7 +64,10 @@ struct Entry {
     /// A request is on its way; `due_at_secs` is then when it counts as lost.
     in_flight: bool,
     failures: u32,
-    not_after_secs: Option<u64>,
+    /// Validity of the certificate in use: not before, not after.
+    validity_secs: Option<(u64, u64)>,
+    /// The roots have changed and nothing was requested since: whatever comes is renewed by then.
+    renew_by_secs: Option<u64>,
 }
 
 impl CertSchedule {
@@ -74,7 +77,8 @@ impl CertSchedule {
             due_at_secs: now_secs,
             in_flight: false,
             failures: 0,
-            not_after_secs: None,
+            validity_secs: None,
+            renew_by_secs: None,
         });
     }
 
@@ -86,7 +90,8 @@ impl CertSchedule {
     /// A certificate came. Renewal is due at half of what remains of its lifetime.
     ///
     /// `not_before_secs` lies before the time of issue (the signer allows for clocks that are slow), so the remaining
-    /// lifetime counts, not the whole.
+    /// lifetime counts, not the whole. Of two certificates the one that was issued later is the better one, even when it
+    /// is valid for less long: the signer, its lifetimes or its roots may have changed in between.
     pub fn issued(
         &mut self,
         id: &SpiffeId,
@@ -95,16 +100,17 @@ impl CertSchedule {
         rng: &mut impl Rng,
     ) -> Adoption {
         let Some(entry) = self.entries.get_mut(id) else { return Adoption::Discard };
-        let stale = entry.not_after_secs.is_some_and(|have| have > not_after_secs);
-        if stale || not_after_secs <= now_secs || not_before_secs >= not_after_secs {
+        let is_older = entry.validity_secs.is_some_and(|(not_before, _)| not_before > not_before_secs);
+        if is_older || not_after_secs <= now_secs || not_before_secs >= not_after_secs {
             return Adoption::Discard;
         }
-        let remaining = not_after_secs - now_secs;
+        let renew_at_secs = now_secs + jittered_half(not_after_secs - now_secs, rng);
         *entry = Entry {
-            due_at_secs: now_secs + jittered_half(remaining, rng),
+            due_at_secs: entry.renew_by_secs.map_or(renew_at_secs, |by| renew_at_secs.min(by.max(now_secs))),
             in_flight: false,
             failures: 0,
-            not_after_secs: Some(not_after_secs),
+            validity_secs: Some((not_before_secs, not_after_secs)),
+            renew_by_secs: entry.renew_by_secs,
         };
         Adoption::Use
     }
@@ -138,28 +144,36 @@ impl CertSchedule {
         }
     }
 
-    /// Roots have changed: renews everything within `within_secs`, spread evenly by chance.
+    /// Roots have changed: renews everything within `within_secs`, spread evenly by chance. A request that is on its way
+    /// may have been signed before the change, so what it brings is renewed as well.
     pub fn renew_all(&mut self, now_secs: u64, within_secs: u64, rng: &mut impl Rng) {
-        for entry in self.entries.values_mut().filter(|entry| !entry.in_flight) {
-            entry.due_at_secs = entry.due_at_secs.min(now_secs + rng.random_range(0..=within_secs));
+        for entry in self.entries.values_mut() {
+            let by_secs = now_secs + rng.random_range(0..=within_secs);
+            entry.renew_by_secs = Some(by_secs);
+            if !entry.in_flight {
+                entry.due_at_secs = entry.due_at_secs.min(by_secs);
+            }
         }
     }
 
-    /// Identities to request now, in order. Each is on its way until it is issued, failed, or
-    /// [`REQUEST_TIMEOUT_SECS`] have passed.
-    pub fn due(&mut self, now_secs: u64, rng: &mut impl Rng) -> Vec<SpiffeId> {
-        let mut requests = Vec::new();
-        for (id, entry) in &mut self.entries {
+    /// Identities to request now, at most `room`, those first that have waited longest. Each is on its way until it is
+    /// issued, failed, or [`REQUEST_TIMEOUT_SECS`] have passed; the caller gives a request up before that.
+    pub fn due(&mut self, now_secs: u64, room: usize, rng: &mut impl Rng) -> Vec<SpiffeId> {
+        for entry in self.entries.values_mut() {
             if entry.in_flight && entry.due_at_secs <= now_secs {
                 entry.back_off(entry.due_at_secs, rng);
             }
-            if !entry.in_flight && entry.due_at_secs <= now_secs {
-                entry.in_flight = true;
-                entry.due_at_secs = now_secs + REQUEST_TIMEOUT_SECS;
-                requests.push(id.clone());
-            }
         }
-        requests
+        let mut due: Vec<(&SpiffeId, &mut Entry)> =
+            self.entries.iter_mut().filter(|(_, entry)| !entry.in_flight && entry.due_at_secs <= now_secs).collect();
+        due.sort_by_key(|(_, entry)| entry.due_at_secs);
+        let start = |(id, entry): (&SpiffeId, &mut Entry)| {
+            entry.in_flight = true;
+            entry.renew_by_secs = None;
+            entry.due_at_secs = now_secs + REQUEST_TIMEOUT_SECS;
+            id.clone()
+        };
+        due.into_iter().take(room).map(start).collect()
     }
 
     /// When [`CertSchedule::due`] has something to do next, Unix seconds.
@@ -170,10 +184,10 @@ impl CertSchedule {
     /// Where an identity stands; none when nobody wants it.
     pub fn state(&self, id: &SpiffeId, now_secs: u64) -> Option<CertState> {
         let entry = self.entries.get(id)?;
-        Some(match entry.not_after_secs {
+        Some(match entry.validity_secs {
             None => CertState::Initializing { failures: entry.failures },
-            Some(not_after_secs) if not_after_secs <= now_secs => CertState::Expired { not_after_secs },
-            Some(not_after_secs) => CertState::Available { renew_at_secs: entry.due_at_secs, not_after_secs },
+            Some((_, not_after_secs)) if not_after_secs <= now_secs => CertState::Expired { not_after_secs },
+            Some((_, not_after_secs)) => CertState::Available { renew_at_secs: entry.due_at_secs, not_after_secs },
         })
     }
 }

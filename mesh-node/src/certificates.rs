@@ -3,7 +3,7 @@
 //! When is decided by [`CertSchedule`]; here its decisions are carried out. Keys are in this process's memory and in
 //! sealed memory that the supervisor holds, nowhere else.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -230,18 +230,15 @@ impl Certificates {
             }
         };
         let mut under_way: FuturesUnordered<BoxFuture<'static, Answer>> = FuturesUnordered::new();
-        // A set: what waits longer than the schedule does is due again.
-        let mut queue: BTreeSet<SpiffeId> = BTreeSet::new();
         let mut tick = interval(LOOK_AT_ROOTS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            queue.extend(self.schedule.due(now_secs(), &mut rand::rng()));
-            while under_way.len() < MAX_REQUESTS
-                && let Some(id) = queue.pop_first()
-            {
+            // A request that has to wait here has not begun: its time runs from when it is sent.
+            for id in self.schedule.due(now_secs(), MAX_REQUESTS - under_way.len(), &mut rand::rng()) {
                 under_way.push(ask(self.controller.clone(), channel.clone(), id));
             }
-            let wake_at = self.wake_at();
+            // Without room only an answer makes a difference.
+            let wake_at = if under_way.len() < MAX_REQUESTS { self.wake_at() } else { Instant::now() + LONGEST_SLEEP };
             tokio::select! {
                 () = cancel.cancelled() => return,
                 Some(command) = self.commands.recv() => self.obey(command),
