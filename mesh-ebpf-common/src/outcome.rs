@@ -104,7 +104,7 @@ reasons! {
     Noted = 10, "noted", Pass, "The original destination was noted for the proxy.";
     NotesFull = 11, "notes_full", Refuse, "The map of original destinations is full; the proxy refuses the connection.";
     NoteConflict = 12, "note_conflict", Refuse, "Two connections claim one peer address; the proxy refuses both.";
-    NoteRemoved = 13, "note_removed", Pass, "A connection closed before the proxy looked up its destination.";
+    NoteRemoved = 13, "note_removed", Pass, "A connection failed or was reset before the proxy looked up its destination.";
     ProxySocket = 14, "proxy_socket", Pass, "The segment belongs to a connection of the proxy.";
     Preexisting = 15, "preexisting", Pass, "The connection is from before enrolment.";
     TimeWait = 16, "time_wait", Pass, "A segment for a connection that has ended.";

@@ -5,7 +5,8 @@ use core::ptr;
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{
-    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock_ops,
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2,
+    bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set};
 use aya_ebpf::programs::SockOpsContext;
@@ -25,13 +26,16 @@ const DONE: u32 = 1;
 pub(crate) fn on_event(ctx: &SockOpsContext) -> u32 {
     let ops = ctx.ops;
     // SAFETY: the context is valid while the program runs.
-    let (op, state) = unsafe { ((*ops).op, (*ops).__bindgen_anon_1.args[1]) };
+    let (op, [before, state, ..]) = unsafe { ((*ops).op, (*ops).__bindgen_anon_1.args) };
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         if let Some(note) = note(ops) {
             on_connect(ctx, &note);
         }
     } else if op == BPF_SOCK_OPS_STATE_CB
         && state == BPF_TCP_CLOSE
+        // The client has said all, and the listener's side has acknowledged it: what it said waits for the proxy's
+        // `accept` and needs its destination.
+        && before != BPF_TCP_FIN_WAIT2
         && let Some(note) = note(ops)
     {
         on_close(ctx, &note);

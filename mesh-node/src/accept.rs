@@ -98,6 +98,10 @@ async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpLis
             }
         };
         let Ok(permit) = Arc::clone(&serving.permits).try_acquire_owned() else {
+            if role == Role::Outbound {
+                // Its destination, which nobody else would look up.
+                let _ = (worker.original_dst)(serving.enrolled.cookie, peer);
+            }
             count(&worker.metrics.counters.connections_shed);
             reset_on_close(&tcp);
             continue;

@@ -2,15 +2,15 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::collections::BTreeSet;
-use std::io::{self, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_node::capture::{Capture, CaptureConfig};
-use mesh_tests::capture_bed::proxy::{Mesh, application};
+use mesh_node::capture::{Capture, CaptureConfig, in_netns};
+use mesh_tests::capture_bed::proxy::{Mesh, application, reset};
 use mesh_tests::capture_bed::tcp::{bind, connect, local_name, mapped, peer_name};
 use mesh_tests::capture_bed::{
     Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, peer_ip, read_line,
@@ -227,22 +227,68 @@ fn a_full_map_refuses_and_counts() {
     assert_eq!(u64::try_from(without).unwrap(), full, "a connection without a note has no destination");
 }
 
-#[test]
-fn a_connection_that_closes_early_takes_its_note_along() {
-    let mesh = Mesh::new();
-    let Mesh { proxy, capture, bed } = mesh;
+/// A workload whose captured connections wait in a backlog.
+fn unaccepted() -> (Bed, Arc<Capture>, OwnedFd) {
+    let Mesh { proxy, capture, bed } = Mesh::new();
     proxy.expect("runs").stop();
     let listener = bed.tcp(&bed.pod, Group::Proxy, false);
     mesh_tests::capture_bed::tcp::listen(listener.as_fd(), SocketAddr::from((Ipv4Addr::LOCALHOST, 15001))).unwrap();
-    let capture = Arc::clone(&capture);
-    let captured = || {
-        let rows = capture.maps().unwrap();
-        rows.iter().find(|row| row.name == maps::CAPTURED).and_then(|row| row.entries).unwrap()
-    };
+    (bed, capture, listener)
+}
+
+/// State of the workload's IPv4 socket with this local port, as proc(5) writes it.
+fn tcp_state(bed: &Bed, port: u16) -> Option<String> {
+    let table = in_netns(bed.pod.fd(), || std::fs::read_to_string("/proc/thread-self/net/tcp")).unwrap().unwrap();
+    let mut lines = table.lines().skip(1).map(|line| line.split_ascii_whitespace().skip(1));
+    lines.find_map(|mut fields| {
+        fields.next()?.ends_with(&format!(":{port:04X}")).then(|| fields.nth(1))?.map(str::to_owned)
+    })
+}
+
+fn notes(capture: &Capture) -> usize {
+    let rows = capture.maps().unwrap();
+    rows.iter().find(|row| row.name == maps::CAPTURED).and_then(|row| row.entries).unwrap()
+}
+
+#[test]
+fn a_connection_that_is_reset_early_takes_its_note_along() {
+    let (bed, capture, _listener) = unaccepted();
     let stream = connect(bed.tcp(&bed.pod, Group::App, false), V4, PATIENCE).expect("in the backlog");
-    assert_eq!(captured(), 1);
-    mesh_tests::capture_bed::proxy::reset(&stream).unwrap();
+    assert_eq!(notes(&capture), 1);
+    reset(&stream).unwrap();
     drop(stream);
-    eventually("the note is removed", || captured() == 0);
+    eventually("the note is removed", || notes(&capture) == 0);
     assert_eq!(count(&capture, Hook::SockOps, Reason::NoteRemoved), 1);
+}
+
+#[test]
+fn a_client_that_said_all_and_left_is_still_carried_where_it_wanted_to_go() {
+    let (bed, capture, listener) = unaccepted();
+    let mut stream = connect(bed.tcp(&bed.pod, Group::App, false), V4, PATIENCE).expect("in the backlog");
+    let port = local_name(stream.as_fd()).unwrap().port();
+    stream.write_all(b"and nothing more").unwrap();
+    drop(stream);
+    // FIN_WAIT2: only now the client's socket is gone, and a note that it takes along would be missing.
+    eventually("the end's acknowledgement", || tcp_state(&bed, port) == Some("05".to_owned()));
+    let (mut accepted, from) = TcpListener::from(listener).accept().unwrap();
+    assert_eq!(capture.original_dst(bed.pod.cookie(), from).unwrap(), Some(V4));
+    let mut said = String::new();
+    accepted.read_to_string(&mut said).unwrap();
+    assert_eq!(said, "and nothing more");
+    assert_eq!(notes(&capture), 0);
+}
+
+#[test]
+fn notes_that_nobody_can_take_any_more_go_with_the_next_enrolment() {
+    let (bed, capture, listener) = unaccepted();
+    for _ in 0..3 {
+        drop(connect(bed.tcp(&bed.pod, Group::App, false), V4, PATIENCE).expect("in the backlog"));
+    }
+    let waiting = connect(bed.tcp(&bed.pod, Group::App, false), V4, PATIENCE).expect("in the backlog");
+    bed.enroll(&capture, &[listener.as_fd()]);
+    assert_eq!(notes(&capture), 4, "the backlog is still there");
+    drop(waiting);
+    nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
+    bed.enroll(&capture, &[]);
+    assert_eq!(notes(&capture), 0);
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, PeerKey, Workload};
+use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, OriginalDst, PeerKey, Workload};
 use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
@@ -86,7 +86,10 @@ impl Capture {
                 known = known.max(self.note_preexisting(&after)?);
                 end_half_open(&diag, &after, &listeners);
             }
-            refuse_held_ports(uid, &sockets()?, &listeners)?;
+            let notes = self.notes(cookie)?;
+            let now = sockets()?;
+            self.forget_orphans(&notes, &now)?;
+            refuse_held_ports(uid, &now, &listeners)?;
             context(inner_route::set_up(), || format!("set up routing of {uid}"))?;
             Ok((found, known))
         });
@@ -166,6 +169,41 @@ impl Capture {
             noted += 1;
         }
         Ok(noted)
+    }
+
+    /// Original destinations that wait for the proxy: how it sees the peer, and the cookie of the peer's socket.
+    fn notes(&self, cookie: u64) -> Result<Vec<(PeerKey, u64)>, CaptureError> {
+        let map = self.maps.captured.as_fd();
+        let read = || -> io::Result<_> {
+            let mut notes = Vec::new();
+            for key in sys::keys::<PeerKey>(map, maps::MAX_CAPTURED)?.into_iter().filter(|k| k.netns_cookie == cookie) {
+                notes.extend(sys::lookup::<_, OriginalDst>(map, &key)?.map(|note| (key, note.socket_cookie)));
+            }
+            Ok(notes)
+        };
+        context(read(), || format!("read notes of the workload with cookie {cookie}"))
+    }
+
+    /// Removes notes that nobody will take: the client had closed its connection, which then went with a listener. All
+    /// of `notes` were there before `sockets` were listed.
+    fn forget_orphans(&self, notes: &[(PeerKey, u64)], sockets: &[TcpSocket]) -> Result<(), CaptureError> {
+        let ends: BTreeSet<(Addr, u16)> = sockets
+            .iter()
+            .flat_map(|socket| [socket.local, socket.remote])
+            .map(|end| (Addr::from(end.ip()), end.port().to_be()))
+            .collect();
+        let map = self.maps.captured.as_fd();
+        for (key, socket_cookie) in notes.iter().filter(|(key, _)| !ends.contains(&(key.addr, key.port))) {
+            let remove = || -> io::Result<()> {
+                let now: Option<OriginalDst> = sys::lookup(map, key)?;
+                if now.is_some_and(|note| note.socket_cookie == *socket_cookie) {
+                    sys::remove(map, key)?;
+                }
+                Ok(())
+            };
+            context(remove(), || "remove a note that nobody takes".to_owned())?;
+        }
+        Ok(())
     }
 
     /// Notes and old connections of a workload that is no longer enrolled.
