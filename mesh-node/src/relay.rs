@@ -77,7 +77,8 @@ pub async fn tcp_and_stream(tcp: TcpStream, stream: Stream, live: &Live, from_tc
             if up.done || up.blocked {
                 gone.poll(&tcp, cx)?;
             }
-            if down.done
+            // Reading the stream does not show its reset behind bytes that nobody takes.
+            if (down.done || down.is_stuck())
                 && let Poll::Ready(reset) = send.poll_reset(cx)
             {
                 return Poll::Ready(Err(RelayError::Stream(match reset {
@@ -279,6 +280,11 @@ impl StreamToTcp {
                 Err(error) => return Poll::Ready(Err(RelayError::Tcp(error))),
             }
         }
+    }
+
+    /// Bytes wait, but the other end does not take any, and there may be more. What is whole is still delivered.
+    fn is_stuck(&self) -> bool {
+        !self.ended && !self.waiting.is_empty()
     }
 
     fn gather(&mut self, recv: &mut RecvStream, cx: &mut Context<'_>) -> Result<(), RelayError> {
