@@ -7,6 +7,7 @@ pub mod bpf_map;
 pub mod cacerts;
 pub mod capture_bed;
 
+pub mod ends;
 pub mod hostile;
 
 pub mod link;

@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime};
 
-use mesh_api::admin::NodeStatus;
+use mesh_api::admin::{BpfState, NodeStatus};
 use mesh_ctl::sandbox::{Mesh, Part, Sandbox, Topology, Workload, binaries_beside, teardown};
 use mesh_node::capture::in_netns;
 use serde::de::DeserializeOwned;
@@ -216,6 +216,12 @@ impl MeshBed {
         let mut logs: Vec<PathBuf> = nodes.clone().map(|node| layout.log(&Part::Node(node.name.clone()))).collect();
         logs.extend(nodes.map(|node| layout.node(&node.name).join("access.log")));
         logs.extend([layout.log(&Part::Controller), layout.log(&Part::Agent)]);
+        for node in &self.sandbox.topology().nodes {
+            if let Some(kernel) = self.admin::<BpfState>(&node.name, "/bpf") {
+                let counted = kernel.counters.iter().map(|c| format!("{}/{}={}", c.hook, c.reason, c.count));
+                println!("--- kernel programs on {}: {}", node.name, counted.collect::<Vec<_>>().join(" "));
+            }
+        }
         for log in logs {
             let text = std::fs::read_to_string(&log).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
