@@ -48,7 +48,7 @@ const fn program(name: &'static str, why: &'static str, packages: &'static [&'st
 }
 
 /// In the order of installation: bpf-linker is compiled, so the compiler comes first.
-const PARTS: [Part; 18] = [
+const PARTS: [Part; 21] = [
     program("cc", "links every crate and compiles the cryptography", &["gcc", "libc6-dev"]),
     program("git", "tells tidy which files are ours", &["git"]),
     program("ip", "a look into the sandbox's network namespaces", &["iproute2"]),
@@ -78,6 +78,19 @@ const PARTS: [Part; 18] = [
         why: "bulk transfer for the tests",
         probe: Probe::Program,
         source: Source::Packages { names: &["iperf3"], services: &["iperf3.service"] },
+    },
+    Part {
+        name: "sshd",
+        why: "a real server that speaks first, for the tests",
+        probe: Probe::Program,
+        source: Source::Packages { names: &["openssh-server"], services: &["ssh.service"] },
+    },
+    program("ssh", "its client", &["openssh-client"]),
+    Part {
+        name: "vsftpd",
+        why: "a real server with data connections both ways, for the tests",
+        probe: Probe::Program,
+        source: Source::Packages { names: &["vsftpd"], services: &["vsftpd.service"] },
     },
     program("tcpdump", "reads the wire in the tests", &["tcpdump"]),
     program("openssl", "makes certificates for the tests", &["openssl"]),
