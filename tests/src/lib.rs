@@ -14,6 +14,7 @@ pub mod link;
 
 pub mod mesh_bed;
 pub mod policy_bed;
+pub mod records;
 pub mod sandbox_bed;
 
 pub mod wire;

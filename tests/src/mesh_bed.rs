@@ -216,6 +216,8 @@ impl MeshBed {
         let mut logs: Vec<PathBuf> = nodes.clone().map(|node| layout.log(&Part::Node(node.name.clone()))).collect();
         logs.extend(nodes.map(|node| layout.node(&node.name).join("access.log")));
         logs.extend([layout.log(&Part::Controller), layout.log(&Part::Agent)]);
+        let commands = self.sandbox.topology().workloads.iter().filter(|workload| !workload.command.is_empty());
+        logs.extend(commands.map(|workload| layout.log(&Part::Workload(workload.key()))));
         for node in &self.sandbox.topology().nodes {
             if let Some(kernel) = self.admin::<BpfState>(&node.name, "/bpf") {
                 let counted = kernel.counters.iter().map(|c| format!("{}/{}={}", c.hook, c.reason, c.count));
