@@ -1,6 +1,10 @@
 //! A peer that is not a node proxy of the mesh: it proves what a test wants, with the mesh's own CA if need be, and says
 //! what a test wants.
 
+pub mod frames;
+pub mod raw;
+pub mod scene;
+
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
@@ -180,6 +184,7 @@ pub async fn dial(netns: &Path, to: SocketAddr) -> io::Result<TcpStream> {
     let file = File::open(netns)?;
     let tcp = in_netns(file.as_fd(), || std::net::TcpStream::connect_timeout(&to, PATIENCE))??;
     tcp.set_nonblocking(true)?;
+    tcp.set_nodelay(true)?;
     TcpStream::from_std(tcp)
 }
 

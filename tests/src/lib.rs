@@ -16,5 +16,6 @@ pub mod mesh_bed;
 pub mod policy_bed;
 pub mod records;
 pub mod sandbox_bed;
+pub mod usage;
 
 pub mod wire;

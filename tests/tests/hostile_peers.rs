@@ -3,61 +3,12 @@
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use http::{Method, StatusCode};
+use mesh_tests::hostile::scene::{CLIENT, HBONE, Scene};
 use mesh_tests::hostile::{Approach, Ca, Claim, ask, dial, tunnel};
-use mesh_tests::mesh_bed::{Attempt, ECHO, MeshBed, eventually, two_nodes};
+use mesh_tests::mesh_bed::{Attempt, ECHO, eventually, two_nodes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::runtime::Runtime;
-
-const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
-const HBONE: u16 = 15008;
-
-struct Scene {
-    bed: MeshBed,
-    runtime: Runtime,
-    /// Where the hostile peer is: the other node.
-    place: PathBuf,
-    far: SocketAddr,
-}
-
-impl Scene {
-    fn new(name: &str) -> Self {
-        Self::with(name, two_nodes())
-    }
-
-    fn with(name: &str, topology: mesh_ctl::sandbox::Topology) -> Self {
-        let bed = MeshBed::up(name, topology);
-        let place = bed.sandbox.layout.netns("node-a");
-        let far = SocketAddr::new(bed.address("far").ip(), HBONE);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        Self { bed, runtime, place, far }
-    }
-
-    fn ca(&self) -> Ca {
-        Ca::of_the_mesh(&self.bed.sandbox.layout.controller().join("state"))
-    }
-
-    fn good_request(&self) -> String {
-        SocketAddr::new(self.far.ip(), ECHO).to_string()
-    }
-
-    /// What comes of a tunnel and a good request in it.
-    fn attempt(&self, approach: Approach) -> Result<StatusCode, String> {
-        self.runtime.block_on(async {
-            let send = tunnel(&self.place, self.far, approach).await?;
-            ask(&send, Method::CONNECT, &self.good_request()).await
-        })
-    }
-
-    /// A counter of node-b's.
-    fn count(&self, name: &str) -> u64 {
-        let metrics = self.bed.page("node-b", 15020, "/metrics").expect("metrics");
-        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
-    }
-}
 
 #[test]
 fn peers_that_cannot_prove_an_identity_of_the_mesh_are_refused_and_counted() {
