@@ -188,21 +188,31 @@ pub async fn dial(netns: &Path, to: SocketAddr) -> io::Result<TcpStream> {
     TcpStream::from_std(tcp)
 }
 
-/// Shakes hands, whoever the server is.
-async fn shake_hands(netns: &Path, to: SocketAddr, approach: Approach) -> Result<TlsStream<TcpStream>, String> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
+/// The TLS of a peer, which believes every server.
+///
+/// # Panics
+/// Its key cannot be used.
+pub fn client_config(approach: Approach) -> Arc<ClientConfig> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| error.to_string())?
+        .expect("TLS 1.3")
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Credulous));
     let mut config = match approach.identity {
-        Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?,
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key).expect("certificate and key"),
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = vec![approach.alpn.to_vec()];
+    Arc::new(config)
+}
+
+/// Shakes hands, whoever the server is.
+///
+/// # Errors
+/// The server does not want it.
+pub async fn shake_hands(netns: &Path, to: SocketAddr, approach: Approach) -> Result<TlsStream<TcpStream>, String> {
     let tcp = dial(netns, to).await.map_err(|error| format!("connect: {error}"))?;
-    let connecting = TlsConnector::from(Arc::new(config)).connect(ServerName::from(to.ip()), tcp);
+    let connecting = TlsConnector::from(client_config(approach)).connect(ServerName::from(to.ip()), tcp);
     within(connecting).await?.map_err(|error| format!("TLS: {error}"))
 }
 
