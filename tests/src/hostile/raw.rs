@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
@@ -82,7 +83,17 @@ pub struct Raw<IO> {
     write: WriteHalf<IO>,
     /// Read by nobody until somebody listens.
     unread: Option<ReadHalf<IO>>,
+    /// Ends with the connection: a half that is held keeps it open.
+    reader: Option<AbortHandle>,
     seen: watch::Sender<Seen>,
+}
+
+impl<IO> Drop for Raw<IO> {
+    fn drop(&mut self) {
+        if let Some(reader) = &self.reader {
+            reader.abort();
+        }
+    }
 }
 
 /// A tunnel to a server.
@@ -109,14 +120,14 @@ impl<IO: AsyncRead + AsyncWrite + Send + 'static> Raw<IO> {
     /// A connection on which nothing was said yet. Nothing of it is read before [`Self::listen`].
     pub fn new(io: IO) -> Self {
         let (unread, write) = split(io);
-        Self { write, unread: Some(unread), seen: watch::Sender::default() }
+        Self { write, unread: Some(unread), reader: None, seen: watch::Sender::default() }
     }
 
     /// Reads what the other end says from now on.
     pub fn listen(&mut self) -> &mut Self {
         if let Some(mut read) = self.unread.take() {
             let seen = self.seen.clone();
-            tokio::spawn(async move {
+            let reader = tokio::spawn(async move {
                 loop {
                     match Frame::read(&mut read).await {
                         Ok(frame) => seen.send_modify(|seen| seen.take(&frame)),
@@ -127,6 +138,7 @@ impl<IO: AsyncRead + AsyncWrite + Send + 'static> Raw<IO> {
                     }
                 }
             });
+            self.reader = Some(reader.abort_handle());
         }
         self
     }
