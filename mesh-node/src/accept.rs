@@ -1,7 +1,7 @@
 //! Accept loops of a workload's listeners.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::relay::reset_on_close;
 use crate::workers::{Serving, Worker};
 use crate::{inbound, outbound};
 
-/// Pause after an accept failed for want of descriptors or memory: trying at once would only burn the CPU that others
-/// need to end connections.
+/// Pause after an accept failed for want of descriptors or memory, or for another reason that stays: trying at once would
+/// only burn the CPU that others need to end connections.
 const RESOURCES_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a listener is for.
@@ -89,9 +89,9 @@ async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpLis
         let (tcp, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                if out_of_resources(&error) {
+                if !concerns_one_connection(&error) {
                     count(&worker.metrics.counters.accept_failures);
-                    tracing::warn!(%error, "accept failed, pausing");
+                    complain(&worker, &error);
                     sleep(RESOURCES_PAUSE).await;
                 }
                 continue;
@@ -133,7 +133,50 @@ async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpLis
     }
 }
 
-/// Errors that concern this process or the machine rather than the one connection (accept(2)).
-fn out_of_resources(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+/// Logs it once a minute: while connections wait, it comes again after every pause, on every listener.
+fn complain(worker: &Worker, error: &io::Error) {
+    let nobody = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    if worker.logged.first(nobody, "accept", worker.started.elapsed().as_secs()) {
+        tracing::warn!(%error, "accept failed, pausing");
+    }
+}
+
+/// Errors of one connection that is gone, which accept(2) hands on; the next connection may be fine. Every other error
+/// (no descriptors, no memory, and whatever nobody thought of) would come again at once.
+fn concerns_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EHOSTDOWN
+                | libc::EHOSTUNREACH
+                | libc::EINTR
+                | libc::ENETDOWN
+                | libc::ENETUNREACH
+                | libc::ENONET
+                | libc::ENOPROTOOPT
+                | libc::EOPNOTSUPP
+                | libc::EPERM
+                | libc::EPROTO
+        )
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_of_one_connection_are_passed_over_at_once() {
+        let check = |code, expected| {
+            assert_eq!(concerns_one_connection(&io::Error::from_raw_os_error(code)), expected, "{code}");
+        };
+        for code in [libc::ECONNABORTED, libc::EPROTO, libc::EPERM, libc::EHOSTUNREACH] {
+            check(code, true);
+        }
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EINVAL, libc::EBADF] {
+            check(code, false);
+        }
+        assert!(!concerns_one_connection(&io::Error::other("without a code")));
+    }
 }
