@@ -11,7 +11,6 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep;
 
 use crate::hbone::server::Phase;
-use crate::limits::SourcePlace;
 use crate::metrics::count;
 use crate::relay::reset_on_close;
 use crate::workers::{Serving, Worker};
@@ -64,13 +63,6 @@ pub fn serve(worker: &Arc<Worker>, serving: &Arc<Serving>) {
     }
 }
 
-/// A handshake's place in the worker and among those of its peer; given back when dropped.
-#[derive(Debug)]
-pub struct HandshakePlace {
-    _permit: OwnedSemaphorePermit,
-    _source: SourcePlace,
-}
-
 fn listen(fd: &OwnedFd) -> io::Result<TcpListener> {
     let listener = std::net::TcpListener::from(fd.as_fd().try_clone_to_owned()?);
     listener.set_nonblocking(true)?;
@@ -115,19 +107,18 @@ async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpLis
                 tokio::spawn(inbound::plaintext(Arc::clone(&worker), Arc::clone(&serving), accepted));
             }
             Role::Hbone => {
-                let Some(source) = worker.handshakes_per_source.take(peer.ip()) else {
+                // One connection a listener waits for a place here, the others where they cost nothing: in the backlog.
+                // No place is held for connections that may never come: there are more listeners than places.
+                let place = tokio::select! {
+                    place = worker.handshakes.enter(peer.ip()) => place,
+                    _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
+                };
+                let Some(place) = place else {
                     count(&worker.metrics.counters.connections_shed);
                     reset_on_close(&accepted.tcp);
                     continue;
                 };
-                // One connection a listener waits for a place here, the others where they cost nothing: in the backlog.
-                // No place is held for connections that may never come: there are more listeners than places.
-                let permit = tokio::select! {
-                    permit = Arc::clone(&worker.handshakes).acquire_owned() => permit,
-                    _ = phase.wait_for(|phase| *phase != Phase::Serving) => return,
-                };
-                let Ok(permit) = permit else { return };
-                tls.accept(&worker, &serving, accepted, HandshakePlace { _permit: permit, _source: source });
+                tls.accept(&worker, &serving, accepted, place);
             }
         }
     }

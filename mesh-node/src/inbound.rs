@@ -25,6 +25,7 @@ use tokio_rustls::server::TlsStream;
 use crate::accept;
 use crate::connections::{Carrier, CloseReason, Description, Direction, Registered, Way};
 use crate::dial::{Source, connect_application};
+use crate::handshakes::Place;
 use crate::hbone::HANDSHAKE_TIMEOUT;
 use crate::hbone::head::{self, BAGGAGE};
 use crate::hbone::server::{self, ResetBudget, ServeError};
@@ -51,6 +52,9 @@ enum Refused {
     /// The handshake took too long.
     #[error("TLS handshake took longer than {} s", HANDSHAKE_TIMEOUT.as_secs())]
     Slow,
+    /// It gave way to somebody else.
+    #[error("TLS handshake was stuck while others waited for its place")]
+    Crowd,
     /// Another protocol inside TLS.
     #[error("peer does not speak h2")]
     Protocol,
@@ -170,7 +174,7 @@ impl TlsConfigs {
         worker: &Arc<Worker>,
         serving: &Arc<Serving>,
         accepted: accept::Accepted,
-        handshake: accept::HandshakePlace,
+        handshake: Place,
     ) {
         match self.current(worker, serving) {
             Ok(config) => {
@@ -202,7 +206,7 @@ async fn tunnel(
     serving: Arc<Serving>,
     accepted: accept::Accepted,
     config: Arc<ServerConfig>,
-    handshake: accept::HandshakePlace,
+    handshake: Place,
 ) {
     let accept::Accepted { tcp, peer, permit: _permit } = accepted;
     let Some(_place) = worker.per_source.take(peer.ip()) else {
@@ -211,7 +215,10 @@ async fn tunnel(
         reset_on_close(&tcp);
         return;
     };
-    let shaken = Box::pin(shake_hands(tcp, peer, config)).await;
+    let shaken = tokio::select! {
+        shaken = Box::pin(shake_hands(tcp, peer, config)) => shaken,
+        () = handshake.lost() => Err(Refused::Crowd),
+    };
     drop(handshake);
     let (io, tunnel) = match shaken {
         Ok(done) => done,

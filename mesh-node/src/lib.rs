@@ -17,6 +17,7 @@ pub mod connections;
 pub mod controller;
 pub mod dial;
 pub mod enrol;
+pub mod handshakes;
 pub mod hbone;
 pub mod http_server;
 pub mod identity;

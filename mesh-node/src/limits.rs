@@ -6,13 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Connections of one workload, all directions. At 20,000 the proxy holds some 100 MiB for it.
 pub const MAX_CONNECTIONS_PER_WORKLOAD: usize = 20_000;
-/// TLS handshakes under way in one worker; more wait in the listeners' backlogs.
-pub const MAX_HANDSHAKES: usize = 256;
 /// Tunnels from one address to one worker. A node proxy opens one for each 100 connections and pair of workloads.
 pub const MAX_TUNNELS_PER_SOURCE: usize = 512;
-/// TLS handshakes under way with one address in one worker, so that one peer cannot take every place. A client's proxy
-/// makes one at a time for each of its destinations.
-pub const MAX_HANDSHAKES_PER_SOURCE: usize = 64;
 
 /// Counts what each peer has.
 #[derive(Debug)]

@@ -20,11 +20,10 @@ use crate::accept;
 use crate::access_log::AccessLog;
 use crate::connections::{CloseReason, Connections};
 use crate::dial::Namespaces;
+use crate::handshakes::Handshakes;
 use crate::hbone::client::Tunnels;
 use crate::hbone::server::Phase;
-use crate::limits::{
-    MAX_CONNECTIONS_PER_WORKLOAD, MAX_HANDSHAKES, MAX_HANDSHAKES_PER_SOURCE, MAX_TUNNELS_PER_SOURCE, PerSource,
-};
+use crate::limits::{MAX_CONNECTIONS_PER_WORKLOAD, MAX_TUNNELS_PER_SOURCE, PerSource};
 use crate::metrics::{LoggedPeers, Metrics};
 use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
 
@@ -72,10 +71,8 @@ pub struct Worker {
     pub namespaces: Arc<Namespaces>,
     /// Metrics of the process.
     pub metrics: Arc<Metrics>,
-    /// Handshakes that may still be under way.
-    pub handshakes: Arc<Semaphore>,
-    /// Handshakes that each peer has under way here.
-    pub handshakes_per_source: Arc<PerSource>,
+    /// Handshakes that are under way here.
+    pub handshakes: Arc<Handshakes>,
     /// Tunnels that each peer has here.
     pub per_source: Arc<PerSource>,
     /// Peers that were complained about.
@@ -233,8 +230,7 @@ impl WorkerParts {
             tunnels: Tunnels::new(Arc::clone(&namespaces), Arc::clone(&self.metrics)),
             namespaces,
             metrics: self.metrics,
-            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
-            handshakes_per_source: Arc::new(PerSource::new(MAX_HANDSHAKES_PER_SOURCE)),
+            handshakes: Arc::default(),
             per_source: Arc::new(PerSource::new(MAX_TUNNELS_PER_SOURCE)),
             logged: LoggedPeers::default(),
             started: Instant::now(),

@@ -7,7 +7,7 @@ pub mod scene;
 
 use std::fs::File;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use time::OffsetDateTime;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -186,6 +186,18 @@ pub async fn dial(netns: &Path, to: SocketAddr) -> io::Result<TcpStream> {
     tcp.set_nonblocking(true)?;
     tcp.set_nodelay(true)?;
     TcpStream::from_std(tcp)
+}
+
+/// As [`dial`], from one of several addresses of the namespace.
+///
+/// # Errors
+/// What the kernel said.
+pub async fn dial_from(netns: &Path, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    let file = File::open(netns)?;
+    let make = || if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = in_netns(file.as_fd(), make)??;
+    socket.bind(SocketAddr::new(from, 0))?;
+    tokio::time::timeout(PATIENCE, socket.connect(to)).await?
 }
 
 /// The TLS of a peer, which believes every server.
