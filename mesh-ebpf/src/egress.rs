@@ -11,10 +11,8 @@ use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 use crate::ingress::{DROP, NEXT, proxy_cgroup};
 use crate::maps::PREEXISTING;
 use crate::report::{Subject, count, refuse};
-use crate::segment::{ETH_P_IP, ETH_P_IPV6, Parsed, Segment, Start, load, parse};
+use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Parsed, Segment, Start, load, parse};
 
-const ETH_P_8021Q: u16 = 0x8100;
-const ETH_P_8021AD: u16 = 0x88a8;
 const ETHERTYPE_OFFSET: u32 = 12;
 const ETHERNET_BYTES: u32 = 14;
 const VLAN_TAG_BYTES: u32 = 4;

@@ -12,7 +12,7 @@ use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT};
 
 use crate::maps::{PREEXISTING, PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
 use crate::report::{Subject, count, refuse};
-use crate::segment::{Parsed, Segment, Start, find_socket, parse};
+use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, Parsed, Segment, Start, find_socket, parse};
 
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`: the next program decides.
 pub(crate) const NEXT: i32 = -1;
@@ -38,6 +38,12 @@ impl Judged {
 pub(crate) fn on_segment(ctx: &TcContext) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let protocol = u16::from_be(unsafe { (*ctx.skb.skb).protocol } as u16);
+    if protocol == ETH_P_8021Q || protocol == ETH_P_8021AD {
+        // The kernel has taken the outer tag off and takes a second one off, too, behind this program, when both only
+        // give a priority (VLAN 0; Linux 6.18 `__netif_receive_skb_core`). Tags inside tags are nobody's network here.
+        count(Hook::Ingress, Reason::Malformed);
+        return DROP;
+    }
     let segment = match parse(ctx, Start::Network, 0, protocol) {
         Parsed::Tcp(segment) => segment,
         Parsed::Other => {

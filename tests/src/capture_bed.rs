@@ -86,9 +86,46 @@ impl Netns {
         in_netns(self.fd(), || fs::read_to_string(path)).and_then(|read| read).expect("read sysctl").trim().to_owned()
     }
 
+    /// How many TCP segments its kernel was given, of IPv4.
+    pub fn tcp_segments(&self) -> u64 {
+        let read = in_netns(self.fd(), || fs::read_to_string("/proc/thread-self/net/snmp"));
+        let text = read.and_then(|read| read).expect("read counters");
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: ")).map(|line| line.split(' '));
+        let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+        let found = names.zip(values).find(|(name, _)| *name == "InSegs").and_then(|(_, value)| value.parse().ok());
+        found.expect("InSegs")
+    }
+
+    /// Ethernet address of an interface.
+    pub fn mac(&self, interface: &str) -> [u8; 6] {
+        let link = self.ip(&["-o", "link", "show", interface]);
+        let text = link.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).expect("an address");
+        let bytes: Vec<u8> = text.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+        bytes.try_into().expect("six bytes")
+    }
+
+    /// Index of an interface.
+    pub fn index(&self, interface: &str) -> u32 {
+        let link = self.ip(&["-o", "link", "show", interface]);
+        link.split(':').next().and_then(|index| index.trim().parse().ok()).expect("an index")
+    }
+
+    /// Its name, as `ip` knows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Runs `ip` in it and returns what it printed.
     pub fn ip(&self, arguments: &[&str]) -> String {
         ip(&[&["-n", self.name.as_str()], arguments].concat())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        if let Err(error) = Command::new("ip").args(["netns", "del", &self.name]).status() {
+            eprintln!("delete namespace {}: {error}", self.name);
+        }
     }
 }
 
@@ -126,6 +163,11 @@ impl Bed {
         pod.ip(&["route", "add", "default", "via", &PEER_V4.to_string()]);
         pod.ip(&["-6", "route", "add", "default", "via", &PEER_V6.to_string()]);
         Self { name, cgroups, run, pod, peer }
+    }
+
+    /// One more namespace, without links.
+    pub fn another(&self, name: &str) -> Netns {
+        Netns::create(format!("{}-{name}", self.name))
     }
 
     /// Where pins go.
@@ -199,11 +241,6 @@ impl Drop for Bed {
         }
         if let Err(error) = umount2(&self.bpffs(), MntFlags::MNT_DETACH) {
             eprintln!("unmount {}: {error}", self.bpffs().display());
-        }
-        for netns in [&self.pod, &self.peer] {
-            if let Err(error) = Command::new("ip").args(["netns", "del", &netns.name]).status() {
-                eprintln!("delete namespace {}: {error}", netns.name);
-            }
         }
         let cgroups = ["pods/app", "pods", "proxy", "outside", ""].map(|group| self.cgroups.join(group));
         for dir in cgroups.iter().chain([&self.run.join("bpf"), &self.run]) {

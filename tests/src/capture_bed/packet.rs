@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::{Bed, Group, Netns};
 
+const ETH_P_IP: u16 = 0x0800;
 const IP_HEADER_BYTES: usize = 20;
 const TCP_HEADER_BYTES: usize = 20;
 /// "More fragments" in IPv4's flags.
@@ -110,6 +111,19 @@ impl Raw {
     }
 }
 
+/// An Ethernet frame with an IPv4 packet in it.
+pub fn frame(receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> Vec<u8> {
+    let mut frame = receiver.to_vec();
+    frame.extend([2, 0, 0, 0, 0, 1]);
+    for tag in tags {
+        frame.extend(0x8100_u16.to_be_bytes());
+        frame.extend(tag.to_be_bytes());
+    }
+    frame.extend(ETH_P_IP.to_be_bytes());
+    frame.extend(packet);
+    frame
+}
+
 /// A packet socket on an interface, which sends whole Ethernet frames.
 pub struct Packet {
     fd: OwnedFd,
@@ -120,21 +134,21 @@ impl Packet {
     /// On `eth0` of a namespace.
     pub fn open(bed: &Bed, netns: &Netns, group: Group) -> Self {
         let fd = bed.socket(netns, group, (libc::AF_PACKET, libc::SOCK_RAW, 0));
-        let link = netns.ip(&["-o", "link", "show", "eth0"]);
-        let index = link.split(':').next().and_then(|index| index.trim().parse().ok()).expect("index of eth0");
+        let index = i32::try_from(netns.index("eth0")).expect("small");
         Self { fd, index }
     }
 
     /// Sends a frame with this EtherType in its header (and VLAN tag, if any) but `claimed` as the socket's protocol.
     pub fn send(&self, vlan: Option<u16>, claimed: u16, payload: &[u8]) -> io::Result<()> {
-        let mut frame = vec![0xff; 6];
-        frame.extend([2, 0, 0, 0, 0, 1]);
-        if let Some(tag) = vlan {
-            frame.extend(0x8100_u16.to_be_bytes());
-            frame.extend(tag.to_be_bytes());
-        }
-        frame.extend(0x0800_u16.to_be_bytes());
-        frame.extend(payload);
+        self.send_frame(claimed, &frame([0xff; 6], vlan.as_slice(), payload))
+    }
+
+    /// Sends an IPv4 packet to one receiver, inside these VLAN tags.
+    pub fn send_to(&self, receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> io::Result<()> {
+        self.send_frame(ETH_P_IP, &frame(receiver, tags, packet))
+    }
+
+    fn send_frame(&self, claimed: u16, frame: &[u8]) -> io::Result<()> {
         // SAFETY: all zero is a valid address.
         let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         to.sll_family = u16::try_from(libc::AF_PACKET).expect("small");
