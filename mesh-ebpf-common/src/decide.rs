@@ -110,8 +110,10 @@ pub const fn ingress(found: Found, flags: u8, dst_port: u16, payload: bool) -> I
 /// Where a segment that leaves a workload comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
-    /// No full socket: the kernel's own reply, or a forwarded packet.
+    /// No full socket: the kernel's own reply.
     None,
+    /// No socket here: the packet came in by another interface.
+    Forwarded,
     /// The kernel's control socket for IPv4 replies: raw, in the root cgroup.
     KernelControl,
     /// A socket of a proxy's cgroup.
@@ -151,7 +153,8 @@ pub const fn egress(sender: Sender, flags: u8, payload: bool) -> Option<Reason> 
     match sender {
         Sender::Proxy => Some(Reason::ProxySocket),
         Sender::None | Sender::KernelControl if reply => Some(Reason::KernelReply),
-        Sender::None => Some(Reason::NoSocket),
+        // Even without data it is somebody's: 40 bytes fit into the options of each segment.
+        Sender::None | Sender::Forwarded => Some(Reason::NoSocket),
         Sender::Packet => Some(Reason::PacketSocket),
         Sender::Raw | Sender::KernelControl => Some(Reason::RawSocket),
         Sender::Tcp => None,
@@ -230,8 +233,11 @@ mod tests {
             ("reset", Sender::None, RST, false, Some(Reason::KernelReply)),
             ("reset, control socket", Sender::KernelControl, RST | ACK, false, Some(Reason::KernelReply)),
             ("cookie", Sender::None, SYN | ACK, false, Some(Reason::KernelReply)),
-            ("forwarded SYN", Sender::None, SYN, false, Some(Reason::NoSocket)),
-            ("forwarded data", Sender::None, ACK, true, Some(Reason::NoSocket)),
+            ("SYN of nobody", Sender::None, SYN, false, Some(Reason::NoSocket)),
+            ("data of nobody", Sender::None, ACK, true, Some(Reason::NoSocket)),
+            ("forwarded SYN", Sender::Forwarded, SYN, false, Some(Reason::NoSocket)),
+            ("forwarded ACK", Sender::Forwarded, ACK, false, Some(Reason::NoSocket)),
+            ("forwarded reset", Sender::Forwarded, RST | ACK, false, Some(Reason::NoSocket)),
             ("raw in the root cgroup", Sender::KernelControl, ACK, true, Some(Reason::RawSocket)),
             ("raw", Sender::Raw, RST, false, Some(Reason::RawSocket)),
             ("packet", Sender::Packet, RST, false, Some(Reason::PacketSocket)),

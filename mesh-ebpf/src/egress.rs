@@ -94,7 +94,8 @@ fn sender(ctx: &TcContext) -> Sender {
     unsafe {
         let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
         if sk.is_null() {
-            return Sender::None;
+            // The kernel's replies come in nowhere.
+            return if (*ctx.skb.skb).ingress_ifindex == 0 { Sender::None } else { Sender::Forwarded };
         }
         let full = bpf_sk_fullsock(sk);
         if full.is_null() {
