@@ -16,7 +16,7 @@ pub enum Hook {
     Egress = 4,
     /// `sk_lookup` of a workload's namespace
     Lookup = 5,
-    /// tc ingress on the host's side of a workload's link
+    /// tc ingress on the node's end of a workload's link
     HostIngress = 6,
 }
 

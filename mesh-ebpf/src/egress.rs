@@ -1,5 +1,9 @@
-//! tc egress on a workload's interface: TCP leaves only from the proxy's sockets, from connections of before
-//! enrolment, and as replies of the kernel without data.
+//! The two guards of what a workload sends: tc egress on its interface, and tc ingress on the node's end of its link. TCP
+//! leaves only from the proxy's sockets, from connections of before enrolment, and as replies of the kernel without data.
+//!
+//! Both judge alike: a packet keeps its socket across a veth pair (Linux 4.19). The one inside sees forwarded packets as
+//! such; the one outside is out of the workload's reach, and sees what does not pass tc egress (packet sockets with
+//! `PACKET_QDISC_BYPASS`, `AF_XDP`) or was changed behind it.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id};
@@ -19,17 +23,17 @@ const VLAN_TAG_BYTES: u32 = 4;
 
 /// The frame itself says what it is: a packet socket can claim any protocol for a frame that it built.
 #[inline(always)]
-pub(crate) fn on_frame(ctx: &TcContext) -> i32 {
+pub(crate) fn on_frame(ctx: &TcContext, hook: Hook) -> i32 {
     let Some(ethertype) = load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET).map(u16::from_be) else {
-        return drop_unread(Reason::Malformed);
+        return drop_unread(hook, Reason::Malformed);
     };
     if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
-        return judge(ctx, ETHERNET_BYTES, ethertype);
+        return judge(ctx, hook, ETHERNET_BYTES, ethertype);
     }
     match load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET + VLAN_TAG_BYTES).map(u16::from_be) {
         // Two tags and more are nobody's network here.
-        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(Reason::Malformed),
-        Some(inner) => judge(ctx, ETHERNET_BYTES + VLAN_TAG_BYTES, inner),
+        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(hook, Reason::Malformed),
+        Some(inner) => judge(ctx, hook, ETHERNET_BYTES + VLAN_TAG_BYTES, inner),
     }
 }
 
@@ -37,33 +41,34 @@ pub(crate) fn on_frame(ctx: &TcContext) -> i32 {
 #[inline(always)]
 pub(crate) fn on_packet(ctx: &TcContext) -> i32 {
     match load::<u8>(ctx, Start::Link, 0).map(|byte| byte >> 4) {
-        Some(4) => judge(ctx, 0, ETH_P_IP),
-        Some(6) => judge(ctx, 0, ETH_P_IPV6),
+        Some(4) => judge(ctx, Hook::Egress, 0, ETH_P_IP),
+        Some(6) => judge(ctx, Hook::Egress, 0, ETH_P_IPV6),
         // Not IP, and such a device carries nothing else to a TCP stack.
-        None | Some(_) => drop_unread(Reason::Malformed),
+        None | Some(_) => drop_unread(Hook::Egress, Reason::Malformed),
     }
 }
 
 #[inline(always)]
-fn drop_unread(reason: Reason) -> i32 {
-    count(Hook::Egress, reason);
+fn drop_unread(hook: Hook, reason: Reason) -> i32 {
+    count(hook, reason);
     DROP
 }
 
 #[inline(always)]
-fn judge(ctx: &TcContext, offset: u32, protocol: u16) -> i32 {
+fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
     let segment = match parse(ctx, Start::Link, offset, protocol) {
         Parsed::Tcp(segment) => segment,
         Parsed::Other => {
-            count(Hook::Egress, Reason::NotTcp);
+            count(hook, Reason::NotTcp);
             return NEXT;
         }
-        Parsed::Bad(reason) => return drop_unread(reason),
+        Parsed::Bad(reason) => return drop_unread(hook, reason),
     };
-    let reason = decide::egress(sender(ctx), segment.flags, segment.payload).unwrap_or_else(|| by_flow(ctx, &segment));
+    let sender = sender(ctx, hook);
+    let reason = decide::egress(sender, segment.flags, segment.payload).unwrap_or_else(|| by_flow(ctx, &segment));
     match reason.verdict() {
         Verdict::Pass => {
-            count(Hook::Egress, reason);
+            count(hook, reason);
             NEXT
         }
         // There is nothing to redirect to and nobody to answer: what does not pass is dropped.
@@ -76,14 +81,14 @@ fn judge(ctx: &TcContext, offset: u32, protocol: u16) -> i32 {
                 dst_port: segment.dst_port,
                 tcp_flags: segment.flags,
             };
-            refuse(Hook::Egress, reason, &subject);
+            refuse(hook, reason, &subject);
             DROP
         }
     }
 }
 
 #[inline(always)]
-fn sender(ctx: &TcContext) -> Sender {
+fn sender(ctx: &TcContext, hook: Hook) -> Sender {
     // SAFETY: the context is valid while the program runs. 0 means that there is no full socket, not even a listener
     // behind a request socket.
     let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
@@ -94,8 +99,9 @@ fn sender(ctx: &TcContext) -> Sender {
     unsafe {
         let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
         if sk.is_null() {
-            // The kernel's replies come in nowhere.
-            return if (*ctx.skb.skb).ingress_ifindex == 0 { Sender::None } else { Sender::Forwarded };
+            // The kernel's replies came in nowhere; at the node's end everything has just come in.
+            let forwarded = matches!(hook, Hook::Egress) && (*ctx.skb.skb).ingress_ifindex != 0;
+            return if forwarded { Sender::Forwarded } else { Sender::None };
         }
         let full = bpf_sk_fullsock(sk);
         if full.is_null() {

@@ -29,6 +29,7 @@ fn main() {}
 mod programs {
     use aya_ebpf::macros::{cgroup_sock_addr, classifier, sk_lookup, sock_ops};
     use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext};
+    use mesh_ebpf_common::outcome::Hook;
 
     use crate::{connect, egress, ingress, lookup, sock_ops};
 
@@ -75,7 +76,13 @@ mod programs {
     /// For interfaces with Ethernet headers.
     #[classifier]
     fn tc_egress_l2(ctx: TcContext) -> i32 {
-        egress::on_frame(&ctx)
+        egress::on_frame(&ctx, Hook::Egress)
+    }
+
+    /// For the node's end of a workload's link.
+    #[classifier]
+    fn tc_host_ingress(ctx: TcContext) -> i32 {
+        egress::on_frame(&ctx, Hook::HostIngress)
     }
 
     /// For interfaces without a link layer header.

@@ -7,6 +7,7 @@
 pub mod packet;
 pub mod proxy;
 pub mod tcp;
+pub mod xdp;
 
 use std::fs;
 use std::fs::File;
@@ -20,7 +21,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_node::capture::{Capture, CaptureConfig, EnrollRequest, Enrollment, TcMode, cleanup, in_netns, netns_cookie};
+use mesh_node::capture::{
+    Capture, CaptureConfig, CaptureError, EnrollRequest, Enrollment, TcMode, cleanup, in_netns, netns_cookie,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// How long a test waits for what must happen; only a failing test waits so long.
@@ -110,6 +113,34 @@ impl Netns {
         link.split(':').next().and_then(|index| index.trim().parse().ok()).expect("an index")
     }
 
+    /// Switches the merging of received segments (GRO) of an interface.
+    pub fn set_gro(&self, interface: &str, on: bool) {
+        const ETHTOOL_SGRO: u32 = 0x2c;
+        let mut value = [ETHTOOL_SGRO, u32::from(on)];
+        let set = in_netns(self.fd(), || {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            // SAFETY: all zero is a valid `ifreq`.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+                *to = from.cast_signed();
+            }
+            request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+            // SAFETY: the request is an `ifreq` that points to a `struct ethtool_value`.
+            match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        });
+        set.and_then(|set| set).unwrap_or_else(|e| panic!("GRO of {interface}: {e}"));
+    }
+
+    /// Runs `tc` in it.
+    pub fn tc(&self, arguments: &[&str]) {
+        let arguments = [&["-n", self.name.as_str()], arguments].concat();
+        let output = Command::new("tc").args(&arguments).output().expect("run tc (apt-get install iproute2)");
+        assert!(output.status.success(), "tc {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+
     /// Its name, as `ip` knows it.
     pub fn name(&self) -> &str {
         &self.name
@@ -196,13 +227,23 @@ impl Bed {
 
     /// Loads the programs.
     pub fn capture(&self) -> Capture {
-        Capture::open(&self.config()).unwrap_or_else(|e| panic!("{}", chain(&e)))
+        self.capture_with(&self.config())
     }
 
     /// Loads the programs for clsact.
     pub fn capture_by_clsact(&self) -> Capture {
-        let config = CaptureConfig { tc: TcMode::Clsact, ..self.config() };
-        Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)))
+        self.capture_with(&CaptureConfig { tc: TcMode::Clsact, ..self.config() })
+    }
+
+    /// Loads the programs. The other end of the workload's link is in the namespace `peer`: that is the node's.
+    pub fn capture_with(&self, config: &CaptureConfig) -> Capture {
+        let opened = in_netns(self.peer.fd(), || Capture::open(config)).expect("enter the node's namespace");
+        opened.unwrap_or_else(|e| panic!("{}", chain(&e)))
+    }
+
+    /// Removes all that capture made, and says what.
+    pub fn cleanup(&self) -> Result<Vec<String>, CaptureError> {
+        in_netns(self.peer.fd(), || cleanup(&self.bpffs())).expect("enter the node's namespace")
     }
 
     /// Enrols the workload with these listeners.
@@ -236,7 +277,7 @@ impl Default for Bed {
 impl Drop for Bed {
     fn drop(&mut self) {
         // Each step for itself: what a failed test left must go, too.
-        if let Err(error) = cleanup(&self.bpffs()) {
+        if let Err(error) = self.cleanup() {
             eprintln!("clean up {}: {}", self.name, chain(&error));
         }
         if let Err(error) = umount2(&self.bpffs(), MntFlags::MNT_DETACH) {

@@ -13,8 +13,7 @@ use mesh_node::capture::{Capture, CaptureConfig, in_netns};
 use mesh_tests::capture_bed::proxy::{Mesh, application, reset};
 use mesh_tests::capture_bed::tcp::{bind, connect, local_name, mapped, peer_name};
 use mesh_tests::capture_bed::{
-    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, peer_ip, read_line,
-    without_net_raw,
+    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, count, counts, eventually, peer_ip, read_line, without_net_raw,
 };
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -198,7 +197,7 @@ fn a_full_map_refuses_and_counts() {
     const ENTRIES: u32 = 4;
     let mesh = Mesh::with(|bed| {
         let config = CaptureConfig { map_entries: vec![(maps::CAPTURED, ENTRIES)], ..bed.config() };
-        Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)))
+        bed.capture_with(&config)
     });
     // Nobody takes the notes of connections to a listener that does not accept: fill the map behind the proxy's back.
     let Mesh { proxy, capture, bed } = mesh;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest, cleanup};
+use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest};
 use mesh_tests::capture_bed::proxy::{Listeners, Mesh, application};
 use mesh_tests::capture_bed::tcp::{connect, local_name};
 use mesh_tests::capture_bed::{
@@ -107,8 +107,8 @@ fn cleanup_leaves_nothing_and_says_what_it_removed() {
         assert!(mesh.bed.pod.ip(&["rule"]).contains("0x53a") && mesh.bed.pod.ip(&["-6", "rule"]).contains("0x53a"));
         mesh.proxy.take().expect("runs").stop();
         let ids = program_ids(&mesh.capture);
-        let removed = cleanup(&mesh.bed.bpffs()).unwrap();
-        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "v1"] {
+        let removed = mesh.bed.cleanup().unwrap();
+        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "v1"] {
             assert!(removed.iter().any(|line| line.contains(part)), "{part} is not in {removed:#?}");
         }
         // The kernel puts two files of its own into every such file system.
@@ -125,7 +125,7 @@ fn cleanup_leaves_nothing_and_says_what_it_removed() {
         let Mesh { capture, bed, .. } = mesh;
         drop(capture);
         eventually("the programs are unloaded", || ids.iter().all(|id| !program_exists(*id)));
-        assert_eq!(cleanup(&bed.bpffs()).unwrap(), Vec::<String>::new(), "nothing is left to remove");
+        assert_eq!(bed.cleanup().unwrap(), Vec::<String>::new(), "nothing is left to remove");
     }
 }
 
@@ -187,7 +187,7 @@ fn another_layout_version_is_refused() {
     std::fs::create_dir(bed.bpffs().join("v0")).unwrap();
     let error = Capture::open(&bed.config()).err().expect("another layout");
     assert!(matches!(&error, CaptureError::Layout { found, .. } if found == "v0"), "{error:?}");
-    cleanup(&bed.bpffs()).unwrap();
+    bed.cleanup().unwrap();
     drop(bed.capture());
 }
 
@@ -212,7 +212,7 @@ fn pins_of_another_cgroup_are_refused() {
 fn a_full_table_of_workloads_is_an_error() {
     let bed = Bed::new();
     let config = CaptureConfig { map_entries: vec![(maps::WORKLOADS, 1)], ..bed.config() };
-    let capture = Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)));
+    let capture = bed.capture_with(&config);
     bed.enroll(&capture, &[]);
     let second = EnrollRequest { netns: bed.peer.fd(), ..bed.request(&[]) };
     let error = capture.enroll(&second).expect_err("no room");

@@ -3,13 +3,15 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use mesh_ebpf_common::decide::{ACK, RST, SYN};
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_tests::capture_bed::packet::{Raw, Segment};
+use mesh_tests::capture_bed::packet::{Packet, Raw, Segment, frame};
 use mesh_tests::capture_bed::proxy::{Mesh, application};
 use mesh_tests::capture_bed::tcp::connect;
+use mesh_tests::capture_bed::xdp::Xdp;
 use mesh_tests::capture_bed::{Bed, Group, Netns, PEER_V4, POD_V4, counts, eventually};
 
 const OUTSIDE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(PEER_V4), 8084);
@@ -55,4 +57,74 @@ fn a_namespace_behind_the_workloads_own_sends_nothing() {
     }
     assert_eq!(mesh.bed.peer.tcp_segments(), before, "{}", counts(&mesh.capture));
     assert_eq!(server.accepted(), 0);
+}
+
+/// What leaves the workload in another way than through tc egress meets the guard at the node's end of the link.
+#[test]
+fn frames_that_pass_no_queue_are_dropped_at_the_nodes_end() {
+    let mesh = Mesh::new();
+    let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+    let packet = Packet::open(&mesh.bed, &mesh.bed.pod, Group::App);
+    packet.bypass_queues();
+    let (receiver, before) = (mesh.bed.peer.mac("eth0"), mesh.bed.peer.tcp_segments());
+    let mut xdp = Xdp::open(&mesh.bed, &mesh.bed.pod, Group::App).expect("AF_XDP");
+    let segment = |flags| Segment::new(SocketAddr::from((POD_V4, 45000)), OUTSIDE, flags).bytes();
+    let dropped = |reason| mesh.count(Hook::HostIngress, reason);
+    for flags in [SYN, ACK, RST, SYN | ACK] {
+        let already = dropped(Reason::PacketSocket);
+        packet.send_to(receiver, &[], &segment(flags)).unwrap();
+        eventually("the frame of a packet socket is dropped", || dropped(Reason::PacketSocket) > already);
+        let already = dropped(Reason::RawSocket);
+        xdp.send(&frame(receiver, &[], &segment(flags))).expect("send");
+        eventually("the frame of an XDP socket is dropped", || dropped(Reason::RawSocket) > already);
+    }
+    assert_eq!(mesh.bed.peer.tcp_segments(), before, "{}", counts(&mesh.capture));
+    assert_eq!(server.accepted(), 0);
+}
+
+/// The link's end goes into a namespace that is not enrolled. tcx goes along, clsact does not.
+#[test]
+fn a_moved_interface_is_guarded_as_before() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mesh = Mesh::with(open);
+        let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+        let elsewhere = mesh.bed.another("else");
+        mesh.bed.pod.ip(&["link", "set", "eth0", "netns", elsewhere.name()]);
+        elsewhere.ip(&["addr", "add", &format!("{POD_V4}/24"), "dev", "eth0"]);
+        elsewhere.ip(&["link", "set", "eth0", "up"]);
+        let result = connect(mesh.bed.tcp(&elsewhere, Group::App, false), OUTSIDE, SHORT);
+        timed_out(result, "a connection from the other namespace");
+        let dropped = [Hook::Egress, Hook::HostIngress].map(|hook| mesh.count(hook, Reason::OutsideCgroup));
+        assert!(dropped.iter().sum::<u64>() > 0, "{}", counts(&mesh.capture));
+        assert_eq!(server.accepted(), 0);
+    }
+}
+
+#[test]
+fn without_its_clsact_a_workload_is_guarded() {
+    let mesh = Mesh::with(Bed::capture_by_clsact);
+    let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+    mesh.bed.pod.tc(&["qdisc", "del", "dev", "eth0", "clsact"]);
+    let socket = mesh.bed.tcp(&mesh.bed.pod, Group::Outside, false);
+    timed_out(connect(socket, OUTSIDE, SHORT), "a connection that nothing in the workload stops");
+    assert!(mesh.count(Hook::HostIngress, Reason::OutsideCgroup) > 0, "{}", counts(&mesh.capture));
+    assert_eq!(server.accepted(), 0);
+}
+
+/// Merged segments have lost their sockets; a guard that cannot know the sender would stop everything.
+#[test]
+fn an_end_that_merges_what_it_receives_is_not_guarded() {
+    let mesh = Mesh::new();
+    let listeners = mesh.proxy().listeners();
+    let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    let guarded = || {
+        let names = mesh.capture.programs_attached().unwrap().into_iter().map(|row| row.name);
+        names.filter(|name| name.ends_with("tc_host_ingress")).count()
+    };
+    assert_eq!(guarded(), 1);
+    for (on, expected) in [(true, 0), (false, 1)] {
+        mesh.bed.peer.set_gro("eth0", on);
+        let enrollment = mesh.bed.enroll(&mesh.capture, &fds);
+        assert_eq!((enrollment.node_ends.len(), guarded()), (expected, expected), "GRO: {on}");
+    }
 }

@@ -1,5 +1,6 @@
 //! `mesh-node cleanup`: removes all that was pinned or attached, of this layout version or any other.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -10,14 +11,16 @@ use super::pins::{Pins, entries};
 
 /// Removes everything below `bpffs` that capture made and says what. Afterwards nothing is captured on this node.
 ///
-/// Routing rules and clsact filters are undone in the namespaces that can still be found.
+/// Routing rules and clsact filters are undone in the namespaces that can still be found; the calling thread's is the
+/// node's.
 pub fn cleanup(bpffs: &Path) -> Result<Vec<String>, CaptureError> {
     let mut removed = Vec::new();
     let pins = Pins::new(bpffs);
+    let node = context(File::open("/proc/thread-self/ns/net"), || "open the node's network namespace".to_owned())?;
     // The workloads' interfaces first: as long as these guard, nothing leaves uncaptured by half.
     for cookie in context(pins.cookies(), || format!("read {}", pins.workloads().display()))? {
         let netns = find_netns(cookie);
-        removed.extend(remove_pins(&pins.workload(cookie), netns.as_ref().map(AsFd::as_fd))?);
+        removed.extend(remove_pins(&pins.workload(cookie), netns.as_ref().map(AsFd::as_fd), node.as_fd())?);
     }
     for path in context(entries(bpffs), || format!("read {}", bpffs.display()))? {
         let version = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('v'));

@@ -11,9 +11,10 @@ use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::error::{CaptureError, context};
-use super::netns::{Interface, in_netns, interfaces, netns_cookie};
+use super::netns::{Interface, in_netns, interfaces, merges_received, netns_cookie};
+use super::node_end::node_end;
 use super::pins::{InterfacePin, LOOKUP, entries};
-use super::programs::{INTERFACE_PROGRAMS, LOOKUP_PROGRAM, existing_link};
+use super::programs::{HOST_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link};
 use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
 use super::{Capture, ListenerFds, inner_route, insert, tc};
@@ -44,6 +45,8 @@ pub struct Enrollment {
     pub cookie: u64,
     /// Interfaces that are guarded.
     pub interfaces: Vec<Interface>,
+    /// Interfaces of the node that are guarded, too: the other ends of those.
+    pub node_ends: Vec<Interface>,
     /// Connections that were there before and may go on.
     pub preexisting: usize,
 }
@@ -78,9 +81,7 @@ impl Capture {
                 known += self.note_preexisting(&sockets()?)?;
             }
             let found = context(interfaces(), || format!("list interfaces of {uid}"))?;
-            for interface in &found {
-                tc::attach(programs, self.tc, &directory, interface)?;
-            }
+            let ends = self.guard(programs, &directory, &found)?;
             if first_time {
                 let after = sockets()?;
                 known = known.max(self.note_preexisting(&after)?);
@@ -91,18 +92,49 @@ impl Capture {
             self.forget_orphans(&notes, &now)?;
             refuse_held_ports(uid, &now, &listeners)?;
             context(inner_route::set_up(), || format!("set up routing of {uid}"))?;
-            Ok((found, known))
+            Ok((found, ends, known))
         });
-        let (interfaces, preexisting) = context(inside, || format!("enter the network namespace of {uid}"))??;
+        let (interfaces, node_ends, preexisting) =
+            context(inside, || format!("enter the network namespace of {uid}"))??;
         self.attach_lookup(&guard, &directory, request)?;
-        Ok(Enrollment { cookie, interfaces, preexisting })
+        Ok(Enrollment { cookie, interfaces, node_ends, preexisting })
+    }
+
+    /// Attaches to the interfaces of the calling thread's namespace and to the node's ends of their links. Returns these.
+    fn guard(
+        &self,
+        programs: &mut Programs,
+        directory: &Path,
+        interfaces: &[Interface],
+    ) -> Result<Vec<Interface>, CaptureError> {
+        let mut ends = Vec::new();
+        for interface in interfaces {
+            tc::attach(programs, self.tc, directory, interface)?;
+            let what = || format!("find the node's end of interface {}", interface.name);
+            let Some(end) = context(node_end(interface, self.node.as_fd()), what)? else { continue };
+            let attach = || -> Result<bool, CaptureError> {
+                // What is merged has lost its socket (`skb_prepare_for_gro`, Linux 5.14): nothing would get through.
+                if context(merges_received(&end.name), what)? {
+                    context(tc::detach_node_end(directory, &end), what)?;
+                    return Ok(false);
+                }
+                tc::attach_node_end(programs, self.tc, directory, &end)?;
+                Ok(true)
+            };
+            if context(in_netns(self.node.as_fd(), attach), what)?? {
+                ends.push(end);
+            } else {
+                tracing::warn!(interface = %end.name, "not guarded at the node's end: switch its GRO off");
+            }
+        }
+        Ok(ends)
     }
 
     /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and
     /// clsact filters, and may be left out if the namespace is gone.
     pub fn unenroll(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), CaptureError> {
         let directory = self.pins.workload(cookie);
-        remove_pins(&directory, netns)?;
+        remove_pins(&directory, netns, self.node.as_fd())?;
         let what = || format!("unenrol the workload with cookie {cookie}");
         for family in [libc::AF_INET, libc::AF_INET6] {
             let key = ListenerKey { netns_cookie: cookie, family: family.cast_unsigned(), reserved: 0 };
@@ -137,7 +169,7 @@ impl Capture {
     /// The last step of an enrolment: its pin says that the workload needs no second look at old connections.
     fn attach_lookup(
         &self,
-        programs: &super::programs::Programs,
+        programs: &Programs,
         directory: &Path,
         request: &EnrollRequest<'_>,
     ) -> Result<(), CaptureError> {
@@ -269,27 +301,26 @@ fn refuse_held_ports(uid: &str, sockets: &[TcpSocket], ours: &[Listener<'_>]) ->
 }
 
 /// Detaches all that is pinned for a workload. Returns what it removed.
-pub(super) fn remove_pins(directory: &Path, netns: Option<BorrowedFd<'_>>) -> Result<Vec<String>, CaptureError> {
+pub(super) fn remove_pins(
+    directory: &Path,
+    netns: Option<BorrowedFd<'_>>,
+    node: BorrowedFd<'_>,
+) -> Result<Vec<String>, CaptureError> {
     let what = || format!("remove {}", directory.display());
     let pins = context(entries(directory), what)?;
     let mut removed = Vec::new();
+    let clsact = pins
+        .iter()
+        .filter_map(|pin| InterfacePin::parse(pin.file_name()?.to_str()?, &INTERFACE_PROGRAMS))
+        .filter(|pin| pin.clsact);
+    let (at_node, inside): (Vec<_>, Vec<_>) = clsact.partition(|pin| pin.program == HOST_PROGRAM);
     if let Some(netns) = netns {
-        let clsact: Vec<InterfacePin> = pins
-            .iter()
-            .filter_map(|pin| InterfacePin::parse(pin.file_name()?.to_str()?, &INTERFACE_PROGRAMS))
-            .filter(|pin| pin.clsact)
-            .collect();
-        let detached = in_netns(netns, || -> io::Result<()> {
-            let present = interfaces()?;
-            for pin in &clsact {
-                if let Some(interface) = present.iter().find(|interface| interface.index == pin.index) {
-                    tc::detach_clsact(interface, pin.program)?;
-                }
-            }
-            inner_route::tear_down()
-        });
-        context(detached.and_then(|done| done), what)?;
+        let undone = in_netns(netns, || detach(&inside).and_then(|()| inner_route::tear_down()));
+        context(undone.and_then(|done| done), what)?;
         removed.push(format!("routing rules in the namespace of {}", directory.display()));
+    }
+    if !at_node.is_empty() {
+        context(in_netns(node, || detach(&at_node)).and_then(|done| done), what)?;
     }
     for pin in &pins {
         context(std::fs::remove_file(pin), || format!("remove {}", pin.display()))?;
@@ -301,4 +332,15 @@ pub(super) fn remove_pins(directory: &Path, netns: Option<BorrowedFd<'_>>) -> Re
         Err(source) => return Err(CaptureError::Io { what: what(), source }),
     }
     Ok(removed)
+}
+
+/// Removes clsact filters in the calling thread's namespace; interfaces that are gone took theirs with them.
+fn detach(pins: &[InterfacePin]) -> io::Result<()> {
+    let present = interfaces()?;
+    for pin in pins {
+        if let Some(interface) = present.iter().find(|interface| interface.index == pin.index) {
+            tc::detach_clsact(interface, pin.program)?;
+        }
+    }
+    Ok(())
 }

@@ -8,9 +8,11 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use mesh_ebpf_common::INNER_MARK;
+use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
-use rtnetlink::{Handle, RouteMessageBuilder};
+
+use super::netlink::{errno_of, with_netlink};
 
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 /// Refusals have no socket to take the mark from: without these a dial to a port where nobody listens would time out.
@@ -88,25 +90,6 @@ fn route_v6() -> RouteMessage {
         .kind(RouteType::Local)
         .output_interface(LOOPBACK_IFINDEX)
         .build()
-}
-
-fn with_netlink<F: Future<Output = io::Result<()>>>(work: impl FnOnce(Handle) -> F) -> io::Result<()> {
-    // The socket must be opened on this thread, because the namespace is the thread's.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    runtime.block_on(async {
-        let (connection, handle, _messages) = rtnetlink::new_connection()?;
-        let driver = tokio::spawn(connection);
-        let result = work(handle).await;
-        driver.abort();
-        result
-    })
-}
-
-fn errno_of(error: rtnetlink::Error) -> io::Error {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => io::Error::from_raw_os_error(-message.raw_code()),
-        other => io::Error::other(other),
-    }
 }
 
 fn exists_is_fine(result: Result<(), rtnetlink::Error>) -> io::Result<()> {

@@ -14,7 +14,9 @@ mod error;
 mod events;
 mod inner_route;
 mod inspect;
+mod netlink;
 mod netns;
+mod node_end;
 mod pins;
 mod programs;
 mod sock_diag;
@@ -86,6 +88,8 @@ impl CaptureConfig {
 /// The kernel's part of the mesh on this node.
 pub struct Capture {
     pins: Pins,
+    /// The network namespace of the node, where workloads' links end.
+    node: OwnedFd,
     tc: TcMode,
     programs: Mutex<Programs>,
     maps: PinnedMaps,
@@ -119,7 +123,8 @@ pub struct Adopted {
 const PRESENT: u64 = 1;
 
 impl Capture {
-    /// Loads the programs and attaches them, or adopts what an earlier process pinned and replaces its programs.
+    /// Loads the programs and attaches them, or adopts what an earlier process pinned and replaces its programs. The
+    /// calling thread's network namespace is the node's.
     ///
     /// From the first call on, connections of enrolled workloads are captured without a gap.
     pub fn open(config: &CaptureConfig) -> Result<Self, CaptureError> {
@@ -137,7 +142,8 @@ impl Capture {
         insert(&maps.proxy_cgroups, maps::PROXY_CGROUPS, &proxy_cgroup, &PRESENT)?;
         programs.replace_in_workloads(&pins)?;
         programs.attach_to_cgroup(&pins, &config.pods_cgroup)?;
-        Ok(Self { pins, tc: config.tc, programs: Mutex::new(programs), maps })
+        let node = context(File::open("/proc/thread-self/ns/net"), || "open the node's network namespace".to_owned())?;
+        Ok(Self { pins, node: node.into(), tc: config.tc, programs: Mutex::new(programs), maps })
     }
 
     /// Workloads that are enrolled in the kernel, by this process or an earlier one.

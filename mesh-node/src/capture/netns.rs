@@ -72,7 +72,7 @@ pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
     Ok(found)
 }
 
-fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
+fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: all zero is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
@@ -81,6 +81,11 @@ fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
+    Ok(request)
+}
+
+fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
+    let mut request = interface_request(name)?;
     // SAFETY: the request is an `ifreq`, which this ioctl fills; the union's address is valid afterwards.
     unsafe {
         if libc::ioctl(probe.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) != 0 {
@@ -88,6 +93,26 @@ fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
         }
         Ok(request.ifr_ifru.ifru_hwaddr.sa_family)
     }
+}
+
+/// Whether an interface of the calling thread's namespace merges what it receives (GRO; XDP brings it along).
+pub(super) fn merges_received(interface: &str) -> io::Result<bool> {
+    const ETHTOOL_GGRO: u32 = 0x2b;
+    /// `struct ethtool_value`
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    let probe = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut request = interface_request(interface)?;
+    let mut value = Value { command: ETHTOOL_GGRO, data: 0 };
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: the request is an `ifreq` that points to what this command fills.
+    if unsafe { libc::ioctl(probe.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value.data != 0)
 }
 
 /// Finds a namespace by its cookie among those that processes are in and that are mounted at `/run/netns`.

@@ -5,6 +5,7 @@
 //! <bpffs>/v1/links/<program>                        attached to the workloads' cgroup
 //! <bpffs>/v1/workloads/<cookie>/lookup              attached to the workload's namespace
 //! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
+//! <bpffs>/v1/workloads/<cookie>/<ifindex>_tc_host_ingress   the same, attached to the node's ends of its links
 //! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
 //! ```
 

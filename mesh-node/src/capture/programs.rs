@@ -33,8 +33,10 @@ pub(super) const INGRESS_PROGRAM: &str = "tc_ingress";
 pub(super) const EGRESS_L2_PROGRAM: &str = "tc_egress_l2";
 /// For interfaces without.
 pub(super) const EGRESS_L3_PROGRAM: &str = "tc_egress_l3";
+/// For the node's end of a workload's link.
+pub(super) const HOST_PROGRAM: &str = "tc_host_ingress";
 /// All that attach to interfaces.
-pub(super) const INTERFACE_PROGRAMS: [&str; 3] = [INGRESS_PROGRAM, EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM];
+pub(super) const INTERFACE_PROGRAMS: [&str; 4] = [INGRESS_PROGRAM, EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM];
 
 /// Size of the built-in object in bytes; `None` when the binary was built without.
 pub fn object_size() -> Option<usize> {

@@ -12,14 +12,14 @@ use super::TcMode;
 use super::error::{CaptureError, context};
 use super::netns::{Interface, LinkLayer};
 use super::pins::InterfacePin;
-use super::programs::{EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, INGRESS_PROGRAM, Programs, existing_link};
+use super::programs::{EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM, INGRESS_PROGRAM, Programs, existing_link};
 use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
 
 /// Our filter's place among clsact filters: first, and always the same, so that the next version replaces it.
 const CLSACT_PRIORITY: u16 = 1;
 const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
 
-/// Both programs of an interface. Called in the interface's namespace.
+/// Both programs of a workload's interface. Called in its namespace.
 pub(super) fn attach(
     programs: &mut Programs,
     mode: TcMode,
@@ -30,20 +30,51 @@ pub(super) fn attach(
         LinkLayer::Ethernet => EGRESS_L2_PROGRAM,
         LinkLayer::None => EGRESS_L3_PROGRAM,
     };
-    for (program, tcx, clsact) in [
-        (egress, AttachType::TcxEgress, TcAttachType::Egress),
-        (INGRESS_PROGRAM, AttachType::TcxIngress, TcAttachType::Ingress),
-    ] {
-        let place = Place { directory, interface, program };
-        let done = match mode {
-            TcMode::Auto => attach_tcx(programs, &place, tcx)?,
-            TcMode::Clsact => false,
-        };
-        if !done {
-            attach_clsact(programs, &place, clsact)?;
+    attach_one(programs, mode, &Place { directory, interface, program: egress }, Way::Egress)?;
+    attach_one(programs, mode, &Place { directory, interface, program: INGRESS_PROGRAM }, Way::Ingress)
+}
+
+/// The program of the node's end of a workload's link. Called in the node's namespace.
+pub(super) fn attach_node_end(
+    programs: &mut Programs,
+    mode: TcMode,
+    directory: &Path,
+    interface: &Interface,
+) -> Result<(), CaptureError> {
+    attach_one(programs, mode, &Place { directory, interface, program: HOST_PROGRAM }, Way::Ingress)
+}
+
+/// Undoes [`attach_node_end`]. Called in the node's namespace.
+pub(super) fn detach_node_end(directory: &Path, interface: &Interface) -> io::Result<()> {
+    let place = Place { directory, interface, program: HOST_PROGRAM };
+    for clsact in [false, true] {
+        let pin = place.pin(clsact);
+        if pin.exists() {
+            if clsact {
+                detach_clsact(interface, HOST_PROGRAM)?;
+            }
+            std::fs::remove_file(pin)?;
         }
     }
     Ok(())
+}
+
+/// Which way the packets go that a program sees.
+#[derive(Clone, Copy)]
+enum Way {
+    Ingress,
+    Egress,
+}
+
+fn attach_one(programs: &mut Programs, mode: TcMode, place: &Place<'_>, way: Way) -> Result<(), CaptureError> {
+    let (tcx, clsact) = match way {
+        Way::Ingress => (AttachType::TcxIngress, TcAttachType::Ingress),
+        Way::Egress => (AttachType::TcxEgress, TcAttachType::Egress),
+    };
+    match mode {
+        TcMode::Auto if attach_tcx(programs, place, tcx)? => Ok(()),
+        TcMode::Auto | TcMode::Clsact => attach_clsact(programs, place, clsact),
+    }
 }
 
 struct Place<'a> {
@@ -115,7 +146,10 @@ fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType)
 
 /// Removes a clsact filter. Called in the interface's namespace.
 pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<()> {
-    let kind = if program == INGRESS_PROGRAM { TcAttachType::Ingress } else { TcAttachType::Egress };
+    let kind = match program {
+        INGRESS_PROGRAM | HOST_PROGRAM => TcAttachType::Ingress,
+        _ => TcAttachType::Egress,
+    };
     let link = SchedClassifierLink::attached(&interface.name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
     // Dropping detaches, but would hide the error.
     aya::programs::links::Link::detach(link).map_err(io::Error::other)

@@ -143,6 +143,18 @@ impl Packet {
         self.send_frame(claimed, &frame([0xff; 6], vlan.as_slice(), payload))
     }
 
+    /// From now on frames go to the driver at once: past queues and tc egress.
+    pub fn bypass_queues(&self) {
+        const PACKET_QDISC_BYPASS: i32 = 20;
+        let on = 1_i32;
+        // SAFETY: pointer and length are of one live value.
+        let set = unsafe {
+            let value = (&raw const on).cast();
+            libc::setsockopt(self.fd.as_raw_fd(), libc::SOL_PACKET, PACKET_QDISC_BYPASS, value, 4)
+        };
+        assert_eq!(set, 0, "PACKET_QDISC_BYPASS");
+    }
+
     /// Sends an IPv4 packet to one receiver, inside these VLAN tags.
     pub fn send_to(&self, receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> io::Result<()> {
         self.send_frame(ETH_P_IP, &frame(receiver, tags, packet))
