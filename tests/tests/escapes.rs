@@ -101,7 +101,7 @@ fn a_moved_interface_is_guarded_as_before() {
 }
 
 #[test]
-fn without_its_clsact_a_workload_is_guarded() {
+fn without_its_clsact_a_workload_is_guarded_and_can_leave() {
     let mesh = Mesh::with(Bed::capture_by_clsact);
     let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
     mesh.bed.pod.tc(&["qdisc", "del", "dev", "eth0", "clsact"]);
@@ -109,6 +109,8 @@ fn without_its_clsact_a_workload_is_guarded() {
     timed_out(connect(socket, OUTSIDE, SHORT), "a connection that nothing in the workload stops");
     assert!(mesh.count(Hook::HostIngress, Reason::OutsideCgroup) > 0, "{}", counts(&mesh.capture));
     assert_eq!(server.accepted(), 0);
+    mesh.capture.unenroll(mesh.bed.pod.cookie(), Some(mesh.bed.pod.fd())).expect("unenrol");
+    assert_eq!(mesh.capture.adopt().unwrap(), Vec::new());
 }
 
 /// Merged segments have lost their sockets; a guard that cannot know the sender would stop everything.

@@ -144,7 +144,7 @@ fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType)
     context(pinned, what)
 }
 
-/// Removes a clsact filter. Called in the interface's namespace.
+/// Removes a clsact filter; one that the workload removed itself is fine. Called in the interface's namespace.
 pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<()> {
     let kind = match program {
         INGRESS_PROGRAM | HOST_PROGRAM => TcAttachType::Ingress,
@@ -152,7 +152,23 @@ pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<
     };
     let link = SchedClassifierLink::attached(&interface.name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
     // Dropping detaches, but would hide the error.
-    aya::programs::links::Link::detach(link).map_err(io::Error::other)
+    match aya::programs::links::Link::detach(link) {
+        // No such filter, or (`EINVAL`) no clsact to have it.
+        Err(error) if matches!(errno_of(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
+        result => result.map_err(io::Error::other),
+    }
+}
+
+/// The system call's error among the causes.
+fn errno_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        cause = error.source();
+    }
+    None
 }
 
 fn classifier<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, CaptureError> {
