@@ -10,12 +10,13 @@ use std::path::PathBuf;
 use mesh_core::config::{Delta, Object, ObjectKey};
 
 use super::Batch;
-use super::scan::{Parsed, Scan, scan};
+use super::scan::{LIMITS, Limits, Parsed, Scan, scan};
 
 /// The state of a set of configuration directories.
 #[derive(Debug)]
 pub struct Directories {
     dirs: Vec<PathBuf>,
+    limits: Limits,
     parsed: Parsed,
     /// Last good version of each object.
     accepted: BTreeMap<ObjectKey, Object>,
@@ -24,7 +25,7 @@ pub struct Directories {
 impl Directories {
     /// Directories in order of precedence; nothing is read yet.
     pub fn new(dirs: Vec<PathBuf>) -> Self {
-        Self { dirs, parsed: Parsed::default(), accepted: BTreeMap::new() }
+        Self { dirs, limits: LIMITS, parsed: Parsed::default(), accepted: BTreeMap::new() }
     }
 
     /// Their paths.
@@ -34,7 +35,7 @@ impl Directories {
 
     /// Reads all of them.
     pub fn poll(&mut self) -> Batch {
-        let found = scan(&self.dirs, &mut self.parsed);
+        let found = scan(&self.dirs, self.limits, &mut self.parsed);
         let deltas = step(&self.accepted, &found);
         for delta in &deltas {
             match delta {
@@ -183,6 +184,48 @@ mod tests {
         assert!(deltas.is_empty() && problems[0].starts_with("MESH001 "), "{problems:?}");
         fs::create_dir(files.temp.path()).unwrap();
         files.check(&["-Pod default/a"], &[]);
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_removes_nothing() {
+        let mut files = Files::new();
+        let root = files.temp.path().to_owned();
+        let outside = TempDir::new();
+        fs::write(outside.path().join("a.yaml"), pod("a", "10.0.0.1")).unwrap();
+        fs::create_dir(outside.path().join("sub")).unwrap();
+        fs::write(outside.path().join("sub/b.yaml"), pod("b", "10.0.0.2")).unwrap();
+        symlink(outside.path().join("a.yaml"), root.join("a.yaml")).unwrap();
+        symlink(outside.path().join("sub"), root.join("sub")).unwrap();
+        files.check(&["+Pod default/a", "+Pod default/b"], &[]);
+
+        // What they lead to was on a volume that is not mounted any more.
+        drop(outside);
+        files.check(&[], &["MESH001 a.yaml:0 ", "MESH001 sub:0 "]);
+        fs::remove_file(root.join("a.yaml")).unwrap();
+        fs::remove_file(root.join("sub")).unwrap();
+        files.check(&["-Pod default/a", "-Pod default/b"], &[]);
+    }
+
+    #[test]
+    fn what_lies_beyond_a_bound_is_not_gone() {
+        let mut files = Files::new();
+        for dir in ["1", "2", "3"] {
+            fs::create_dir(files.temp.path().join(dir)).unwrap();
+            files.write(&format!("{dir}/x.yaml"), &pod(&format!("x{dir}"), &format!("10.0.0.{dir}")));
+        }
+        files.check(&["+Pod default/x1", "+Pod default/x2", "+Pod default/x3"], &[]);
+
+        // The root is the first directory.
+        files.source.limits = Limits { dirs: 2, ..LIMITS };
+        files.check(&[], &["MESH007 2:0 ", "MESH007 3:0 "]);
+        files.source.limits = Limits { files: 1, ..LIMITS };
+        files.check(&[], &["MESH007 2/x.yaml:0 "]);
+
+        // What was read and is not there any more goes all the same.
+        fs::remove_file(files.temp.path().join("1/x.yaml")).unwrap();
+        files.check(&["-Pod default/x1"], &["MESH007 3/x.yaml:0 "]);
+        files.source.limits = LIMITS;
+        files.check(&[], &[]);
     }
 
     #[test]

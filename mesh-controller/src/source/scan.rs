@@ -19,6 +19,8 @@ use crate::problem;
 const MAX_FILES: usize = 100_000;
 /// Directories of all together; they nest at most as deep.
 const MAX_DIRS: usize = 1_000;
+/// What one look may take in.
+pub(super) const LIMITS: Limits = Limits { files: MAX_FILES, dirs: MAX_DIRS };
 /// Names that are read.
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 
@@ -36,6 +38,13 @@ pub(super) struct Scan {
     pub(super) problems: Vec<Problem>,
 }
 
+/// Bounds of one look. What lies beyond them is not known to be gone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) files: usize,
+    pub(super) dirs: usize,
+}
+
 /// What files held when they were last parsed, so that a change of one file costs the parsing of one.
 #[derive(Debug, Default)]
 pub(super) struct Parsed {
@@ -51,15 +60,14 @@ struct Content {
 }
 
 /// Reads all directories. Files that did not change since the last look are not parsed again.
-pub(super) fn scan(dirs: &[PathBuf], parsed: &mut Parsed) -> Scan {
+pub(super) fn scan(dirs: &[PathBuf], limits: Limits, parsed: &mut Parsed) -> Scan {
     let mut found = Scan::default();
-    let mut paths = Vec::new();
-    let mut seen = BTreeSet::new();
+    let mut listing = Listing { limits, seen: BTreeSet::new(), paths: Vec::new(), overflowed: false };
     for dir in dirs {
-        list(dir, &mut seen, &mut paths, &mut found);
+        listing.list(dir, &mut found);
     }
     let mut files = HashMap::new();
-    for path in paths {
+    for path in listing.paths {
         let name: Arc<str> = path.display().to_string().into();
         // One file may be reached by two directories.
         if files.contains_key(&name) {
@@ -73,10 +81,7 @@ pub(super) fn scan(dirs: &[PathBuf], parsed: &mut Parsed) -> Scan {
             }
             // Gone since the directory was listed: as if it had not been there.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => {
-                found.unreadable(&name, &e);
-                found.doubtful.insert(name);
-            }
+            Err(e) => found.unreadable(&path, &e),
         }
     }
     parsed.files = files;
@@ -84,43 +89,97 @@ pub(super) fn scan(dirs: &[PathBuf], parsed: &mut Parsed) -> Scan {
     found
 }
 
-/// All files below a directory, sorted, so that "the first file" means the same each time.
-fn list(dir: &Path, seen: &mut BTreeSet<(u64, u64)>, paths: &mut Vec<PathBuf>, found: &mut Scan) {
-    let entries = fs::metadata(dir).and_then(|metadata| {
-        // Device and inode: a directory is read once, by whatever links it is reached.
-        if !seen.insert((metadata.dev(), metadata.ino())) {
-            return Ok(Vec::new());
-        }
-        fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()
-    });
-    let mut entries = match entries {
-        Ok(entries) => entries,
-        Err(e) => {
-            let name = dir.display().to_string();
-            found.unreadable(&name, &e);
-            found.doubtful.insert(name.into());
-            return;
-        }
-    };
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (path, name) = (entry.path(), entry.file_name());
-        // Editors' and Kubernetes' own entries; a mounted ConfigMap shows its files as links through `..data`.
-        if name.to_string_lossy().starts_with('.') {
-            continue;
-        }
-        let Ok(metadata) = fs::metadata(&path) else { continue };
-        if metadata.is_dir() && seen.len() < MAX_DIRS {
-            list(&path, seen, paths, found);
-        } else if metadata.is_file() && path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e == *known)) {
-            if paths.len() == MAX_FILES {
-                let message = format!("there are more than {MAX_FILES} files; this and later ones are not read");
-                found.problems.push(problem::about_file(problem::LIMIT, &path.display().to_string(), 0, message, ""));
-                return;
+/// The files to read, in an order in which "the first file" means the same each time.
+struct Listing {
+    limits: Limits,
+    /// Device and inode: a directory is read once, by whatever links it is reached.
+    seen: BTreeSet<(u64, u64)>,
+    paths: Vec<PathBuf>,
+    /// There are more files than may be read.
+    overflowed: bool,
+}
+
+impl Listing {
+    /// Takes in all files below a directory, sorted. What cannot be looked at may hold anything.
+    fn list(&mut self, dir: &Path, found: &mut Scan) {
+        let entries = match self.entries(dir) {
+            Ok(entries) => entries,
+            Err(NotListed::Overflow) => return found.doubt(dir),
+            Err(NotListed::Bound) => {
+                let message = format!("there are more than {} directories; this one is not read", self.limits.dirs);
+                return found.beyond(dir, message);
             }
-            paths.push(path);
+            Err(NotListed::Failed(e)) => return found.unreadable(dir, &e),
+        };
+        for entry in entries {
+            let (path, name) = (entry.path(), entry.file_name());
+            // Editors' and Kubernetes' own entries; a mounted ConfigMap shows its files as links through `..data`.
+            if name.to_string_lossy().starts_with('.') {
+                continue;
+            }
+            let metadata = match fs::metadata(&path) {
+                Ok(metadata) => metadata,
+                // Gone since the directory was listed. A link that leads nowhere is there, and is reported below.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(&path).is_err() => continue,
+                Err(e) => {
+                    found.unreadable(&path, &e);
+                    continue;
+                }
+            };
+            if metadata.is_dir() {
+                self.list(&path, found);
+            } else if metadata.is_file() && has_known_extension(&path) {
+                if self.paths.len() == self.limits.files {
+                    self.overflowed = true;
+                    let message =
+                        format!("there are more than {} files; this and later ones are not read", self.limits.files);
+                    found.beyond(&path, message);
+                    // So that what is not known is bounded, too: this directory as a whole, and those that follow.
+                    return found.doubt(dir);
+                }
+                self.paths.push(path);
+            }
         }
     }
+
+    /// Entries of a directory, sorted; none of one that was read already.
+    fn entries(&mut self, dir: &Path) -> Result<Vec<fs::DirEntry>, NotListed> {
+        if self.overflowed {
+            return Err(NotListed::Overflow);
+        }
+        let metadata = fs::metadata(dir)?;
+        let identity = (metadata.dev(), metadata.ino());
+        if self.seen.contains(&identity) {
+            return Ok(Vec::new());
+        }
+        if self.seen.len() == self.limits.dirs {
+            return Err(NotListed::Bound);
+        }
+        self.seen.insert(identity);
+        let mut entries = fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        Ok(entries)
+    }
+}
+
+/// Why a directory was not looked into.
+enum NotListed {
+    /// The bound on files was passed before, which is reported already.
+    Overflow,
+    /// The bound on directories.
+    Bound,
+    /// The kernel refused.
+    Failed(io::Error),
+}
+
+impl From<io::Error> for NotListed {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn has_known_extension(path: &Path) -> bool {
+    path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e == *known))
 }
 
 fn read(path: &Path) -> io::Result<String> {
@@ -201,9 +260,22 @@ fn duplicate(key: &ObjectKey, second: &Object, first: &Object) -> Problem {
 }
 
 impl Scan {
-    fn unreadable(&mut self, name: &str, error: &io::Error) {
+    fn unreadable(&mut self, path: &Path, error: &io::Error) {
         let message = format!("cannot be read: {error}");
         let hint = "what it held before stays in force; check that it exists and its permissions";
-        self.problems.push(problem::about_file(problem::UNREADABLE, name, 0, message, hint));
+        self.problems.push(problem::about_file(problem::UNREADABLE, &path.display().to_string(), 0, message, hint));
+        self.doubt(path);
+    }
+
+    /// A bound keeps the path from being read.
+    fn beyond(&mut self, path: &Path, message: String) {
+        let hint = "what was read before stays in force; put more objects into one file, or remove what is not needed";
+        self.problems.push(problem::about_file(problem::LIMIT, &path.display().to_string(), 0, message, hint));
+        self.doubt(path);
+    }
+
+    /// Nobody knows what the path holds, and what is below it.
+    fn doubt(&mut self, path: &Path) {
+        self.doubtful.insert(path.display().to_string().into());
     }
 }
