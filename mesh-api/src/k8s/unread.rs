@@ -3,14 +3,19 @@
 //! A table rather than struct fields, because nothing of them is kept. Field names are those of the Kubernetes API 1.36 and
 //! of Istio 1.30.
 
-/// Fields by the name of the type that has them.
+/// Fields by the name of the type that has them; none for a type of which every field is read.
 pub(super) fn unread(name: &str) -> &'static [&'static str] {
-    match name {
-        "Namespace" => &["apiVersion", "kind", "spec", "status"],
-        "Node" => &["apiVersion", "kind", "spec", "status"],
-        "ServiceAccount" => &["apiVersion", "kind", "automountServiceAccountToken", "imagePullSecrets", "secrets"],
-        "Pod" => &["apiVersion", "kind"],
-        "PodSpec" => &[
+    UNREAD_FIELDS.iter().find(|(known, _)| *known == name).map_or(&[], |(_, fields)| fields)
+}
+
+const UNREAD_FIELDS: &[(&str, &[&str])] = &[
+    ("Namespace", &["apiVersion", "kind", "spec", "status"]),
+    ("Node", &["apiVersion", "kind", "spec", "status"]),
+    ("ServiceAccount", &["apiVersion", "kind", "automountServiceAccountToken", "imagePullSecrets", "secrets"]),
+    ("Pod", &["apiVersion", "kind"]),
+    (
+        "PodSpec",
+        &[
             "activeDeadlineSeconds",
             "affinity",
             "automountServiceAccountToken",
@@ -49,7 +54,10 @@ pub(super) fn unread(name: &str) -> &'static [&'static str] {
             "volumes",
             "workloadRef",
         ],
-        "Container" => &[
+    ),
+    (
+        "Container",
+        &[
             "args",
             "command",
             "env",
@@ -74,8 +82,11 @@ pub(super) fn unread(name: &str) -> &'static [&'static str] {
             "volumeMounts",
             "workingDir",
         ],
-        "WirePort" => &["hostIP", "hostPort"],
-        "PodStatus" => &[
+    ),
+    ("WirePort", &["hostIP", "hostPort"]),
+    (
+        "PodStatus",
+        &[
             "allocatedResources",
             "containerStatuses",
             "ephemeralContainerStatuses",
@@ -93,8 +104,11 @@ pub(super) fn unread(name: &str) -> &'static [&'static str] {
             "resources",
             "startTime",
         ],
-        "PodCondition" => &["lastProbeTime", "lastTransitionTime", "message", "observedGeneration", "reason"],
-        "Metadata" => &[
+    ),
+    ("PodCondition", &["lastProbeTime", "lastTransitionTime", "message", "observedGeneration", "reason"]),
+    (
+        "Metadata",
+        &[
             "clusterName",
             "deletionGracePeriodSeconds",
             "finalizers",
@@ -105,9 +119,12 @@ pub(super) fn unread(name: &str) -> &'static [&'static str] {
             "selfLink",
             "uid",
         ],
-        "OwnerReference" => &["apiVersion", "blockOwnerDeletion", "uid"],
-        "Service" => &["apiVersion", "kind", "status"],
-        "ServiceSpec" => &[
+    ),
+    ("OwnerReference", &["apiVersion", "blockOwnerDeletion", "uid"]),
+    ("Service", &["apiVersion", "kind", "status"]),
+    (
+        "ServiceSpec",
+        &[
             "allocateLoadBalancerNodePorts",
             "externalIPs",
             "externalName",
@@ -121,19 +138,17 @@ pub(super) fn unread(name: &str) -> &'static [&'static str] {
             "sessionAffinity",
             "sessionAffinityConfig",
         ],
-        "WireServicePort" => &["nodePort"],
-        "EndpointSlice" => &["apiVersion", "kind"],
-        "WireEndpoint" => &["deprecatedTopology", "hints", "hostname", "topology"],
-        "Conditions" => &["serving", "terminating"],
-        "WireSlicePort" => &["appProtocol"],
-        "WorkloadEntry" => &["apiVersion", "kind", "status"],
-        "PeerAuthentication" => &["apiVersion", "kind", "status"],
-        "AuthorizationPolicy" => &["apiVersion", "kind", "status"],
-        "SliceTarget" => &["apiVersion", "namespace", "fieldPath", "resourceVersion", "uid"],
-        // Every field of the other types is read.
-        _ => &[],
-    }
-}
+    ),
+    ("WireServicePort", &["nodePort"]),
+    ("EndpointSlice", &["apiVersion", "kind"]),
+    ("WireEndpoint", &["deprecatedTopology", "hints", "hostname", "topology"]),
+    ("Conditions", &["serving", "terminating"]),
+    ("WireSlicePort", &["appProtocol"]),
+    ("WorkloadEntry", &["apiVersion", "kind", "status"]),
+    ("PeerAuthentication", &["apiVersion", "kind", "status"]),
+    ("AuthorizationPolicy", &["apiVersion", "kind", "status"]),
+    ("SliceTarget", &["apiVersion", "namespace", "fieldPath", "resourceVersion", "uid"]),
+];
 
 /// Kinds of Kubernetes that lie beside those of the mesh in one directory.
 pub(super) const INERT_KINDS: &[(&str, &str)] = &[
