@@ -1,13 +1,15 @@
 //! Puts the parts together and runs them. Only here are tasks spawned; each has a name and ends with the process.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use futures_util::Stream;
 use mesh_api::proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_api::proto::xds::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_core::config::{Compiler, Settings};
@@ -19,7 +21,6 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tonic::transport::Server;
 
 use crate::admin::{self, Listener};
-use crate::ads::nodes::Nodes;
 use crate::ads::service::{self as ads, Ads};
 use crate::ca::authority::{Authority, MAX_LEAF_TTL};
 use crate::ca::service::{self as ca, CertificateService, Config, IssueSettings};
@@ -27,7 +28,7 @@ use crate::ca::store::SignerSource;
 use crate::control::Control;
 use crate::door::Door;
 use crate::metrics::Metrics;
-use crate::server::{ServerCertificate, incoming, tls_acceptor};
+use crate::server::{Connection, ServerCertificate, incoming, tls_acceptor};
 use crate::source::Source;
 use crate::source::watch::Watch;
 use crate::state_dir::{PUBLIC_MODE, StateDir, StateLock, write_atomically};
@@ -112,83 +113,52 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::default());
     let door = Arc::new(Door::new(TokenKey::open(&dir)?, metrics.clone()));
     let mut signer = Signer::open(&options, dir, leaf_ttl)?;
-    let (authority, certificate) = (signer.authority.clone(), signer.certificate.clone());
-
     let listener = TcpListener::bind(options.listen).await;
     let listener = listener.with_context(|| format!("listen on {} (--listen)", options.listen))?;
     let address = listener.local_addr().context("read the listener's address")?;
-    let admin_listener = admin::listen_unix(&options.admin_socket);
-    let admin_listener =
-        admin_listener.with_context(|| format!("listen on {} (--admin-socket)", options.admin_socket.display()))?;
 
     let source = Source::directories(options.config_dirs.clone());
     let mut control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
     let watch = Watch::new(&options.config_dirs);
-    let nodes = Arc::new(Nodes::default());
-    let ready = Arc::new(AtomicBool::new(false));
     let shutdown = watch::Sender::new(false);
     let pages = StatusPages {
         trust_domain: options.settings.trust_domain.to_string(),
         sources: control.sources(),
         catalogue: control.catalogue(),
-        nodes: nodes.clone(),
+        nodes: Arc::default(),
         problems: control.problems(),
-        authority: authority.clone(),
-        ready: ready.clone(),
+        authority: signer.authority.clone(),
+        ready: Arc::default(),
     };
-    let shared = ads::Shared {
-        door: door.clone(),
-        catalogue: control.catalogue(),
-        generation: control.generation(),
-        shutdown: shutdown.subscribe(),
-        nodes,
-        metrics: metrics.clone(),
-    };
-    let config = Config { compiler: control.compiler(), steps: control.steps() };
-    let issue = IssueSettings { trust_domain: options.settings.trust_domain.to_string(), leaf_ttl };
-    let certificates = CertificateService::new(door, authority, config, metrics.clone(), issue);
-
+    let (nodes, ready) = (pages.nodes.clone(), pages.ready.clone());
     let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        admin::serve(admin_listener, Arc::new(pages)).await;
-        "admin"
-    });
-    if let Some(address) = options.monitoring {
-        let listener =
-            TcpListener::bind(address).await.with_context(|| format!("listen on {address} (--monitoring)"))?;
-        let pages = Arc::new(MetricsPages(metrics.clone()));
-        tasks.spawn(async move {
-            admin::serve(Listener::Tcp(listener), pages).await;
-            "monitoring"
-        });
-    }
+    serve_pages(&options, pages, metrics.clone(), &mut tasks).await?;
+    let services = Services {
+        ads: ads::Shared {
+            door: door.clone(),
+            catalogue: control.catalogue(),
+            generation: control.generation(),
+            shutdown: shutdown.subscribe(),
+            nodes,
+            metrics: metrics.clone(),
+        },
+        certificates: CertificateService::new(
+            door,
+            signer.authority.clone(),
+            Config { compiler: control.compiler(), steps: control.steps() },
+            metrics.clone(),
+            IssueSettings { trust_domain: options.settings.trust_domain.to_string(), leaf_ttl },
+        ),
+    };
+
     control = spawn_blocking(move || {
         control.step();
         control
     })
     .await
     .context("read the configuration")?;
-    let connections = incoming(listener, tls_acceptor(certificate)?, metrics);
-    let mut down = shutdown.subscribe();
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(MAX_CALLS)
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(
-            AggregatedDiscoveryServiceServer::new(Ads::new(Arc::new(shared)))
-                .max_decoding_message_size(ads::MAX_REQUEST_BYTES),
-        )
-        .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(ca::MAX_REQUEST_BYTES))
-        .serve_with_incoming_shutdown(connections, async move {
-            let _ = down.wait_for(|down| *down).await;
-        });
-    tasks.spawn(async move {
-        if let Err(error) = server.await {
-            tracing::error!(%error, "gRPC server");
-        }
-        GRPC_TASK
-    });
+    let connections = incoming(listener, tls_acceptor(signer.certificate.clone())?, metrics);
+    tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
     tasks.spawn(async move {
         configure(control, watch).await;
         "configuration"
@@ -200,6 +170,58 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     ready.store(true, Ordering::Release);
     tracing::info!(%address, admin = %options.admin_socket.display(), "ready");
     Ok(Running { address, shutdown, tasks, admin_socket: options.admin_socket, _lock: lock })
+}
+
+/// The admin socket, and the metrics port if there is to be one.
+async fn serve_pages(
+    options: &Options,
+    pages: StatusPages,
+    metrics: Arc<Metrics>,
+    tasks: &mut JoinSet<&'static str>,
+) -> anyhow::Result<()> {
+    let listener = admin::listen_unix(&options.admin_socket);
+    let listener =
+        listener.with_context(|| format!("listen on {} (--admin-socket)", options.admin_socket.display()))?;
+    tasks.spawn(async move {
+        admin::serve(listener, Arc::new(pages)).await;
+        "admin"
+    });
+    let Some(address) = options.monitoring else { return Ok(()) };
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} (--monitoring)"))?;
+    tasks.spawn(async move {
+        admin::serve(Listener::Tcp(listener), Arc::new(MetricsPages(metrics))).await;
+        "monitoring"
+    });
+    Ok(())
+}
+
+/// What the gRPC port offers.
+struct Services {
+    ads: ads::Shared,
+    certificates: CertificateService,
+}
+
+async fn serve_grpc(
+    services: Services,
+    connections: impl Stream<Item = io::Result<Connection>>,
+    mut down: watch::Receiver<bool>,
+) -> &'static str {
+    let ads = AggregatedDiscoveryServiceServer::new(Ads::new(Arc::new(services.ads)));
+    let certificates = IstioCertificateServiceServer::new(services.certificates);
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(MAX_CALLS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .add_service(ads.max_decoding_message_size(ads::MAX_REQUEST_BYTES))
+        .add_service(certificates.max_decoding_message_size(ca::MAX_REQUEST_BYTES))
+        .serve_with_incoming_shutdown(connections, async move {
+            let _ = down.wait_for(|down| *down).await;
+        });
+    if let Err(error) = server.await {
+        tracing::error!(%error, "gRPC server");
+    }
+    GRPC_TASK
 }
 
 /// The only task that ends in order.
