@@ -89,7 +89,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // Before anything that takes time, so that a signal at start ends the process in order, too.
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let mut running = start(options).await?;
+    let mut running = tokio::select! {
+        // First, so that it has begun before anything ends it.
+        biased;
+        running = start(options) => running?,
+        // It may wait for files to be mended.
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let ended = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
@@ -104,7 +111,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts all parts. When it returns, the first configuration is published and the port is open.
+/// Starts all parts. When it returns, the first configuration is published and the port is open: that waits until it
+/// is known what must be in force.
 pub async fn start(options: Options) -> anyhow::Result<Running> {
     let leaf_ttl = time::Duration::try_from(options.leaf_ttl).ok().filter(|ttl| *ttl <= MAX_LEAF_TTL);
     let leaf_ttl = leaf_ttl.context("--leaf-ttl is longer than 90d")?;
@@ -112,14 +120,15 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let lock = dir.lock()?;
     let metrics = Arc::new(Metrics::default());
     let door = Arc::new(Door::new(TokenKey::open(&dir)?, metrics.clone()));
+    let stored = dir.configuration();
     let mut signer = Signer::open(&options, dir, leaf_ttl)?;
     let listener = TcpListener::bind(options.listen).await;
     let listener = listener.with_context(|| format!("listen on {} (--listen)", options.listen))?;
     let address = listener.local_addr().context("read the listener's address")?;
 
     let source = Source::directories(options.config_dirs.clone());
-    let mut control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
-    let watch = Watch::new(&options.config_dirs);
+    let control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
+    let mut watch = Watch::new(&options.config_dirs);
     let shutdown = watch::Sender::new(false);
     let pages = StatusPages {
         trust_domain: options.settings.trust_domain.to_string(),
@@ -151,12 +160,14 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         ),
     };
 
-    control = spawn_blocking(move || {
-        control.step();
-        control
-    })
-    .await
-    .context("read the configuration")?;
+    let mut control = blocking(control, |control| control.resume(stored)).await?;
+    loop {
+        control = blocking(control, Control::step).await?;
+        if control.is_published() {
+            break;
+        }
+        watch.changed().await;
+    }
     let connections = incoming(listener, tls_acceptor(signer.certificate.clone())?, metrics);
     tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
     tasks.spawn(async move {
@@ -230,18 +241,22 @@ const GRPC_TASK: &str = "grpc";
 async fn configure(mut control: Control, mut watch: Watch) {
     loop {
         watch.changed().await;
-        let stepped = spawn_blocking(move || {
-            control.step();
-            control
-        });
-        control = match stepped.await {
+        control = match blocking(control, Control::step).await {
             Ok(control) => control,
             Err(error) => {
-                tracing::error!(%error, "reading the configuration failed");
+                tracing::error!("{error:#}");
                 return;
             }
         };
     }
+}
+
+async fn blocking(mut control: Control, act: impl FnOnce(&mut Control) + Send + 'static) -> anyhow::Result<Control> {
+    let acted = spawn_blocking(move || {
+        act(&mut control);
+        control
+    });
+    acted.await.context("read the configuration")
 }
 
 impl Running {

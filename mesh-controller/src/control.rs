@@ -1,18 +1,20 @@
 //! The configuration loop's one step: read, compile, publish.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
 use arc_swap::ArcSwap;
 use mesh_api::admin::Problem;
-use mesh_core::config::Compiler;
+use mesh_core::config::{Compiler, Delta};
 use mesh_core::snapshot::Change;
 use tokio::sync::watch;
 
 use crate::ads::catalogue::{Catalogue, ResourceType};
+use crate::last_good::{LastGood, LogError};
 use crate::metrics::{Metrics, TypeLabel};
 use crate::publish::updates;
-use crate::source::Source;
+use crate::source::{Batch, Source};
 use crate::{place, problem};
 
 /// Everything between a source and the streams.
@@ -27,7 +29,22 @@ pub struct Control {
     /// Of the last compilation; in force until the next.
     compiler_problems: Vec<Problem>,
     started: bool,
+    last_good: Option<LastGood>,
+    past: Past,
+    /// What was compiled and is not published yet.
+    unpublished: Vec<Change>,
     metrics: Arc<Metrics>,
+}
+
+/// What is known of the configuration that was in force before.
+#[derive(Debug)]
+enum Past {
+    /// All of it.
+    Known,
+    /// Nothing: no earlier process has stored it, or there was none.
+    Unknown,
+    /// An earlier process has stored it, and it cannot be read.
+    Lost(LogError),
 }
 
 impl Control {
@@ -42,8 +59,31 @@ impl Control {
             problems: Arc::default(),
             compiler_problems: Vec::new(),
             started: false,
+            last_good: None,
+            past: Past::Unknown,
+            unpublished: Vec::new(),
             metrics,
         }
+    }
+
+    /// Begins with what was in force when an earlier process ended, and from now on stores what is. Blocks.
+    pub fn resume(&mut self, path: PathBuf) {
+        let (last_good, stored) = LastGood::open(path);
+        self.last_good = Some(last_good);
+        self.past = match stored {
+            Ok(None) => Past::Unknown,
+            Ok(Some(objects)) => {
+                let deltas: Vec<Delta> = objects.into_iter().map(Delta::Upsert).collect();
+                self.compile(&deltas);
+                let objects = deltas.into_iter().filter_map(|delta| match delta {
+                    Delta::Upsert(object) => Some(object),
+                    Delta::Remove(_) => None,
+                });
+                self.source.resume(objects.collect());
+                Past::Known
+            }
+            Err(error) => Past::Lost(error),
+        };
     }
 
     /// Knows which pods run where.
@@ -76,23 +116,59 @@ impl Control {
         self.source.describe()
     }
 
+    /// Whether there was a step that was published.
+    pub fn is_published(&self) -> bool {
+        self.started && matches!(self.past, Past::Known)
+    }
+
     /// Reads the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.
     pub fn step(&mut self) {
-        let batch = self.source.poll();
-        let is_change = !batch.deltas.is_empty() || !self.started;
-        self.started = true;
-        let mut changes = Vec::new();
-        if is_change {
-            let compiled = self.compiler.blocking_write().compile(&batch.deltas);
-            self.compiler_problems = place::of_compiler(&compiled.problems);
-            changes = compiled.changes;
+        let mut batch = self.source.poll();
+        if !batch.deltas.is_empty() || !self.started {
+            self.compile(&batch.deltas);
         }
+        let is_first = !std::mem::replace(&mut self.started, true);
+        let withheld = self.withheld(&batch);
+        let is_withheld = withheld.is_some();
+        batch.problems.extend(withheld);
         // Problems first: who sees a push can see what is wrong with it.
         self.report(batch.problems);
-        if is_change {
+        if is_withheld {
+            return;
+        }
+        self.past = Past::Known;
+        if is_first || !batch.deltas.is_empty() || !self.unpublished.is_empty() {
+            let changes = std::mem::take(&mut self.unpublished);
             self.publish(batch.deltas.len(), &changes);
             self.steps.send_modify(|count| *count += 1);
         }
+        if let Some(last_good) = &mut self.last_good {
+            last_good.note(&batch.deltas, &self.compiler.blocking_read());
+        }
+    }
+
+    fn compile(&mut self, deltas: &[Delta]) {
+        let compiled = self.compiler.blocking_write().compile(deltas);
+        self.compiler_problems = place::of_compiler(&compiled.problems);
+        self.unpublished.extend(compiled.changes);
+    }
+
+    /// Why nothing may be published yet: node proxies would drop a policy that this process does not know of.
+    fn withheld(&self, batch: &Batch) -> Option<Problem> {
+        let (is_unsafe, why) = match &self.past {
+            Past::Known => return None,
+            Past::Unknown => (batch.doubtful, "no earlier configuration is stored".to_owned()),
+            Past::Lost(error) => {
+                let mut all = batch.problems.iter().chain(&self.compiler_problems);
+                (
+                    all.any(|p| p.severity == problem::ERROR),
+                    format!("the stored configuration cannot be used ({error})"),
+                )
+            }
+        };
+        let message = format!("nothing is published: {why}, so what the other errors hide may be a policy in force");
+        let hint = "mend the other errors, or take away the files that have them";
+        is_unsafe.then(|| problem::about_file(problem::WITHHELD, "", 0, message, hint))
     }
 
     fn publish(&self, objects: usize, changes: &[Change]) {

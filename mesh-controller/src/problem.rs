@@ -22,6 +22,9 @@ pub const INERT: &str = "MESH006";
 /// A bound of the reader.
 pub const LIMIT: &str = "MESH007";
 
+/// Nothing is published, because what is not understood might have been in force.
+pub const WITHHELD: &str = "MESH008";
+
 /// `severity` of an object that is not applied.
 pub const ERROR: &str = "error";
 /// `severity` of an object that does less than it seems to.

@@ -10,7 +10,7 @@ pub mod watch;
 use std::path::PathBuf;
 
 use mesh_api::admin::Problem;
-use mesh_core::config::Delta;
+use mesh_core::config::{Delta, Object};
 
 use directory::Directories;
 
@@ -28,12 +28,21 @@ pub struct Batch {
     pub deltas: Vec<Delta>,
     /// Sorted; what the reader found, not the compiler.
     pub problems: Vec<Problem>,
+    /// Files or directories were not understood: they may hold objects that nobody knows of.
+    pub doubtful: bool,
 }
 
 impl Source {
     /// A source that reads directories.
     pub fn directories(dirs: Vec<PathBuf>) -> Self {
         Self::Directories(Directories::new(dirs))
+    }
+
+    /// Takes over what was in force before a restart: the next batch tells what changed against it.
+    pub fn resume(&mut self, objects: Vec<Object>) {
+        match self {
+            Self::Directories(directories) => directories.resume(objects),
+        }
     }
 
     /// Reads everything and says what changed. Blocks on files.

@@ -1,7 +1,8 @@
 //! The state directory: its lock, its layout and how files in it are written.
 //!
-//! `STATE/lock` (pid of the owner), `STATE/root-cert.pem` (bundle of trusted roots, for everybody to read), `STATE/ca/`
-//! and `STATE/token/` (0700; keys 0600). A file is replaced by rename, so that a reader never sees half of it.
+//! `STATE/lock` (pid of the owner), `STATE/root-cert.pem` (bundle of trusted roots, for everybody to read),
+//! `STATE/configuration` (last good versions), `STATE/ca/` and `STATE/token/` (0700; keys 0600). A file is replaced by
+//! rename, so that a reader never sees half of it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -78,6 +79,11 @@ impl StateDir {
         self.root.join("root-cert.pem")
     }
 
+    /// Last good versions of objects.
+    pub fn configuration(&self) -> PathBuf {
+        self.root.join("configuration")
+    }
+
     /// Default place of the admin socket.
     pub fn admin_socket(&self) -> PathBuf {
         self.root.join("admin.sock")
@@ -114,8 +120,17 @@ impl StateDir {
 
 /// Replaces a file as a whole, with the given permission bits from its first byte on.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StateError> {
+    write_atomically_by(path, mode, |file| file.write_all(bytes))
+}
+
+/// The same with a writer in place of the bytes.
+pub fn write_atomically_by(
+    path: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<(), StateError> {
     let temporary = temporary_beside(path);
-    let written = write_new(&temporary, bytes, mode).and_then(|()| fs::rename(&temporary, path));
+    let written = write_new(&temporary, mode, write).and_then(|()| fs::rename(&temporary, path));
     written.map_err(|e| {
         // What is left over must not keep a key.
         let _ = fs::remove_file(&temporary);
@@ -127,7 +142,8 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Stat
 /// Creates a file if nobody has; false when it was there already. Two processes may try at once.
 pub fn create_exclusively(path: &Path, bytes: &[u8], mode: u32) -> Result<bool, StateError> {
     let temporary = temporary_beside(path);
-    let linked = write_new(&temporary, bytes, mode).and_then(|()| fs::hard_link(&temporary, path));
+    let linked =
+        write_new(&temporary, mode, |file| file.write_all(bytes)).and_then(|()| fs::hard_link(&temporary, path));
     let _ = fs::remove_file(&temporary);
     match linked {
         Ok(()) => sync_parent(path).map(|()| true),
@@ -146,14 +162,14 @@ fn temporary_beside(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}", std::process::id()))
 }
 
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+fn write_new(path: &Path, mode: u32, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     // A process of the same pid may have died here before.
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         Ok(()) | Err(_) => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    file.write_all(bytes)?;
+    write(&mut file)?;
     file.sync_all()
 }
 

@@ -71,7 +71,9 @@ impl Pages for StatusPages {
     async fn get(&self, path: &str) -> Answer {
         match path {
             "/ready" if self.ready.load(Ordering::Acquire) => Answer::Text("ready\n".into()),
-            "/ready" => Answer::Unavailable("the first configuration is not published yet".into()),
+            "/ready" => {
+                Answer::Unavailable("the first configuration is not published yet; /problems may say why".into())
+            }
             "/status" => as_json(&self.status()),
             "/problems" => as_json(&**self.problems.load()),
             "/version" => as_json(&json!({ "component": "mesh-controller", "version": VERSION })),

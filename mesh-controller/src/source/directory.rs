@@ -33,6 +33,11 @@ impl Directories {
         &self.dirs
     }
 
+    /// Takes over the last good versions of an earlier process.
+    pub fn resume(&mut self, objects: Vec<Object>) {
+        self.accepted = objects.into_iter().map(|object| (object.key(), object)).collect();
+    }
+
     /// Reads all of them.
     pub fn poll(&mut self) -> Batch {
         let found = scan(&self.dirs, self.limits, &mut self.parsed);
@@ -43,7 +48,7 @@ impl Directories {
                 Delta::Remove(key) => self.accepted.remove(key),
             };
         }
-        Batch { deltas, problems: found.problems }
+        Batch { deltas, problems: found.problems, doubtful: !found.doubtful.is_empty() }
     }
 }
 

@@ -68,6 +68,8 @@ pub struct Mesh {
 pub enum Server {
     InProcess(Box<Running>),
     Process(Process),
+    /// Starts or stops by itself.
+    None,
 }
 
 /// The binary as a child process; it ends with the value.
@@ -98,6 +100,20 @@ impl Mesh {
         let mut options = options(temp.path());
         change(&mut options);
         let running = app::start(options).await.expect("starts");
+        Self { temp, address: running.address, server: Server::InProcess(Box::new(running)) }
+    }
+
+    /// Ends the controller in this process and starts another on the same directories, after a change of them.
+    pub async fn restart_after(self, change: impl FnOnce(&Path)) -> Self {
+        let Self { temp, server: Server::InProcess(running), .. } = self else { panic!("not in this process") };
+        running.stop().await;
+        change(temp.path());
+        Self::resume(temp).await
+    }
+
+    /// Starts a controller on directories that are there.
+    pub async fn resume(temp: TempDir) -> Self {
+        let running = app::start(options(temp.path())).await.expect("starts");
         Self { temp, address: running.address, server: Server::InProcess(Box::new(running)) }
     }
 
@@ -143,7 +159,7 @@ impl Mesh {
     pub fn process(&mut self) -> &mut Process {
         match &mut self.server {
             Server::Process(process) => process,
-            Server::InProcess(_) => panic!("started in this process"),
+            Server::InProcess(_) | Server::None => panic!("not a process of its own"),
         }
     }
 
@@ -241,6 +257,12 @@ impl Mesh {
 
     pub async fn problems(&self) -> Vec<Problem> {
         serde_json::from_str(&self.admin("/problems").await.1).unwrap()
+    }
+
+    /// The same of one whose admin socket may not be there yet.
+    pub async fn try_problems(&self) -> Option<Vec<Problem>> {
+        UnixStream::connect(self.temp.path().join("admin.sock")).await.ok()?;
+        Some(self.problems().await)
     }
 
     /// Polls the status until it is as wanted.

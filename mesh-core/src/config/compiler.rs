@@ -98,8 +98,18 @@ impl Compiler {
     }
 
     /// Keys of all objects in force, sorted.
-    pub fn objects(&self) -> impl Iterator<Item = &ObjectKey> {
+    pub fn objects(&self) -> impl ExactSizeIterator<Item = &ObjectKey> {
         self.results.keys()
+    }
+
+    /// All objects in force, each in the version that was accepted last.
+    pub fn in_force(&self) -> impl Iterator<Item = Object> {
+        self.inputs.objects()
+    }
+
+    /// Whether the last version of an object was refused; one before it may be in force.
+    pub fn is_refused(&self, key: &ObjectKey) -> bool {
+        self.refused.contains_key(key)
     }
 
     fn take(&mut self, delta: &Delta, affected: &mut BTreeSet<ObjectKey>) {

@@ -148,6 +148,20 @@ impl Inputs {
         }
     }
 
+    /// All of them.
+    pub(crate) fn objects(&self) -> impl Iterator<Item = Object> {
+        let cluster = self.namespaces.all().map(|o| Object::Namespace((**o).clone()));
+        let cluster = cluster.chain(self.nodes.all().map(|o| Object::Node((**o).clone())));
+        let workloads = self.pods.all().map(|o| Object::Pod((**o).clone()));
+        let workloads = workloads.chain(self.entries.all().map(|o| Object::WorkloadEntry((**o).clone())));
+        let workloads = workloads.chain(self.accounts.all().map(|o| Object::ServiceAccount((**o).clone())));
+        let services = self.services.all().map(|o| Object::Service(o.object.clone()));
+        let services = services.chain(self.slices.all().map(|o| Object::EndpointSlice((**o).clone())));
+        let policies = self.authentications.all().map(|o| Object::PeerAuthentication((**o).clone()));
+        let policies = policies.chain(self.authorizations.all().map(|o| Object::AuthorizationPolicy(o.object.clone())));
+        cluster.chain(workloads).chain(services).chain(policies)
+    }
+
     pub(crate) fn namespace(&self, name: &str) -> Option<&Arc<Namespace>> {
         self.namespaces.get("", name)
     }

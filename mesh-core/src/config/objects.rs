@@ -3,6 +3,9 @@
 //! Sources (files now, the Kubernetes API next) fill these in. What only Istio's rules can judge, as ports and CIDRs of an
 //! AuthorizationPolicy, is still text here and is judged when the object enters the inputs; everything else has its
 //! type. Fields that the mesh does not read are left out.
+//!
+//! The serde form is for what a controller stores, to be read by the same version or a later one: a new field needs a
+//! default. An unknown one is refused, because a policy without it might be a looser one.
 
 mod policy;
 mod service;
@@ -11,6 +14,8 @@ mod workload;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 pub use policy::{
     AuthorizationPolicy, Condition, MtlsMode, Operation, PeerAuthentication, PolicyAction, PolicyRule, Source,
@@ -23,7 +28,8 @@ pub use workload::{ContainerPort, Owner, Pod, PodPhase, Protocol, WorkloadEntry}
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// What every object has.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Meta {
     /// Empty for cluster-wide kinds.
     pub namespace: Arc<str>,
@@ -40,7 +46,8 @@ pub struct Meta {
 }
 
 /// Where an object was read, for messages.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Origin {
     /// File; empty when it came from an API server.
     pub file: Arc<str>,
@@ -49,7 +56,7 @@ pub struct Origin {
 }
 
 /// Kind of an input object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// `v1/Namespace`.
     Namespace,
@@ -72,7 +79,8 @@ pub enum Kind {
 }
 
 /// Key of an object.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ObjectKey {
     /// Kind.
     pub kind: Kind,
@@ -83,7 +91,7 @@ pub struct ObjectKey {
 }
 
 /// An input object.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub enum Object {
     Namespace(Namespace),
@@ -107,21 +115,24 @@ pub enum Delta {
 }
 
 /// `v1/Namespace`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Namespace {
     /// Metadata.
     pub meta: Meta,
 }
 
 /// `v1/Node`; only its topology labels are read.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Node {
     /// Metadata.
     pub meta: Meta,
 }
 
 /// `v1/ServiceAccount`. Identities follow from pods; it is read so that a CA can refuse names that do not exist.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ServiceAccount {
     /// Metadata.
     pub meta: Meta,

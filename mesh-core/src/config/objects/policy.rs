@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Labels, Meta};
 
 /// `security.istio.io/PeerAuthentication`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct PeerAuthentication {
     /// Metadata.
     pub meta: Meta,
@@ -19,7 +22,7 @@ pub struct PeerAuthentication {
 }
 
 /// `mtls.mode`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum MtlsMode {
     /// Inherit.
     #[default]
@@ -33,7 +36,8 @@ pub enum MtlsMode {
 }
 
 /// `security.istio.io/AuthorizationPolicy`, values as written.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct AuthorizationPolicy {
     /// Metadata.
     pub meta: Meta,
@@ -50,7 +54,8 @@ pub struct AuthorizationPolicy {
 }
 
 /// `spec.targetRefs[]`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct TargetRef {
     /// API group, empty for core.
     pub group: Arc<str>,
@@ -63,7 +68,7 @@ pub struct TargetRef {
 }
 
 /// `spec.action`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PolicyAction {
     /// ALLOW.
     #[default]
@@ -77,7 +82,8 @@ pub enum PolicyAction {
 }
 
 /// `spec.rules[]`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct PolicyRule {
     /// `from[].source`; none when the key is absent. A list that is present and empty is an error.
     pub from: Option<Vec<Source>>,
@@ -88,7 +94,8 @@ pub struct PolicyRule {
 }
 
 /// Values of a field and of its `not` form, as written.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Values {
     /// The field.
     pub is: Vec<Arc<str>>,
@@ -97,7 +104,8 @@ pub struct Values {
 }
 
 /// `from[].source`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Source {
     /// `principals`, `notPrincipals`.
     pub principals: Values,
@@ -114,7 +122,8 @@ pub struct Source {
 }
 
 /// `to[].operation`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Operation {
     /// `hosts`, `notHosts` (HTTP).
     pub hosts: Values,
@@ -127,7 +136,8 @@ pub struct Operation {
 }
 
 /// `when[]`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Condition {
     /// `key`.
     pub key: Arc<str>,

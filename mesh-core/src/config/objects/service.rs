@@ -3,10 +3,13 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Labels, Meta, Protocol};
 
 /// `v1/Service`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Service {
     /// Metadata.
     pub meta: Meta,
@@ -27,7 +30,7 @@ pub struct Service {
 }
 
 /// `spec.type` as far as it matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum ServiceKind {
     /// ClusterIP, NodePort, LoadBalancer, headless.
     #[default]
@@ -37,7 +40,8 @@ pub enum ServiceKind {
 }
 
 /// `spec.ports[]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ServicePort {
     /// Name, may be empty.
     pub name: Arc<str>,
@@ -52,7 +56,7 @@ pub struct ServicePort {
 }
 
 /// `targetPort`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetPort {
     /// A number.
     Number(u16),
@@ -61,7 +65,8 @@ pub enum TargetPort {
 }
 
 /// `discovery.k8s.io/v1/EndpointSlice`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct EndpointSlice {
     /// Metadata.
     pub meta: Meta,
@@ -74,7 +79,8 @@ pub struct EndpointSlice {
 }
 
 /// `ports[]` of a slice.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SlicePort {
     /// Name of the service's port, may be empty.
     pub name: Arc<str>,
@@ -85,7 +91,8 @@ pub struct SlicePort {
 }
 
 /// `endpoints[]` of a slice.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SliceEndpoint {
     /// Addresses.
     pub addresses: Vec<IpAddr>,

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Labels, Meta};
 
 /// `v1/Pod`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Pod {
     /// Metadata.
     pub meta: Meta,
@@ -32,7 +35,7 @@ pub struct Pod {
 }
 
 /// `status.phase`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PodPhase {
     /// Not all containers run.
     Pending,
@@ -48,7 +51,8 @@ pub enum PodPhase {
 }
 
 /// A named container port.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ContainerPort {
     /// Name, may be empty.
     pub name: Arc<str>,
@@ -59,7 +63,7 @@ pub struct ContainerPort {
 }
 
 /// Transport of a port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP.
     #[default]
@@ -71,7 +75,8 @@ pub enum Protocol {
 }
 
 /// Controlling owner.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Owner {
     /// Kind, e.g. `ReplicaSet`.
     pub kind: Arc<str>,
@@ -80,7 +85,8 @@ pub struct Owner {
 }
 
 /// `networking.istio.io/WorkloadEntry`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct WorkloadEntry {
     /// Metadata.
     pub meta: Meta,
