@@ -1,6 +1,7 @@
 //! THE WIRE: what crosses a process boundary, and its conversion to `mesh-core`.
 //!
-//! Here: protobuf messages (xDS, certificates, enrolment), the JSON of the admin endpoint. Not here: decisions.
+//! Here: protobuf messages (xDS, certificates, enrolment), Kubernetes and Istio YAML, the JSON of the admin endpoints.
+//! Not here: decisions.
 
 pub mod admin;
 pub mod k8s;

@@ -22,5 +22,6 @@ pub const INBOUND_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 /// Every port that the proxy holds inside a workload's network namespace.
 pub const PROXY_PORTS: [u16; 3] = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT];
-/// Socket mark and routing table of the proxy's own connection to the application, which carries the client's address.
+/// Socket mark and routing table of the proxy's own connection to the application, which carries the client's address:
+/// a rule in the workload's namespace sends the answers back to the proxy. ztunnel's mark is 0x539.
 pub const INNER_MARK: u32 = 0x53a;

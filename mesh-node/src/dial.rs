@@ -8,14 +8,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use mesh_ebpf_common::INNER_MARK;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Packet mark of connections that carry the client's address; a rule in the workload's namespace sends their answers
-/// back to the proxy. ztunnel's is 0x539.
-pub const SOURCE_MARK: u32 = 0x53a;
 /// Time for one TCP connect.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Idle time before the first keepalive probe.
@@ -145,7 +143,7 @@ fn spoof(socket: &Socket, client: IpAddr, port: u16) -> io::Result<()> {
         IpAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
         IpAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
-    socket.set_mark(SOURCE_MARK)?;
+    socket.set_mark(INNER_MARK)?;
     if port == 0 {
         nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
     } else {
