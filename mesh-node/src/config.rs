@@ -92,7 +92,7 @@ pub struct Config {
     /// Cluster id
     #[arg(long, env = "MESH_CLUSTER", default_value = "Kubernetes", value_name = "ID")]
     pub cluster: String,
-    /// Network of this node; workloads of other networks are reached through gateways
+    /// Network of this node; workloads of other networks are not reached from here
     #[arg(long, env = "MESH_NETWORK", default_value = "", value_name = "ID")]
     pub network: String,
     /// The only trust domain whose identities are accepted
