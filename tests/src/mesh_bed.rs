@@ -69,6 +69,23 @@ pub fn two_nodes() -> Topology {
         .workload(echo("far", "node-b"))
 }
 
+/// Answer of one of a node proxy's ports, head and body, asked inside the node; `None` when it does not answer.
+///
+/// # Panics
+/// The node has no namespace.
+pub fn page_of(sandbox: &Sandbox, node: &str, port: u16, path: &str) -> Option<String> {
+    let netns = File::open(sandbox.layout.netns(node)).expect("namespace");
+    let ask = || -> std::io::Result<String> {
+        let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+        connection.set_read_timeout(Some(PATIENCE))?;
+        write!(connection, "GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    in_netns(netns.as_fd(), ask).expect("enter the node's namespace").ok()
+}
+
 impl MeshBed {
     /// Builds a sandbox. The name is a part of its name, a few letters.
     ///
@@ -119,18 +136,9 @@ impl MeshBed {
         runtime.block_on(mesh_ctl::admin::get(&self.sandbox.layout.node_admin(node), page)).ok()
     }
 
-    /// Answer of one of a node proxy's ports, head and body, asked inside the node; `None` when it does not answer.
+    /// Answer of one of a node proxy's ports; `None` when it does not answer.
     pub fn page(&self, node: &str, port: u16, path: &str) -> Option<String> {
-        let netns = File::open(self.sandbox.layout.netns(node)).expect("namespace");
-        let ask = || -> std::io::Result<String> {
-            let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-            connection.set_read_timeout(Some(PATIENCE))?;
-            write!(connection, "GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")?;
-            let mut answer = String::new();
-            connection.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
-        in_netns(netns.as_fd(), ask).expect("enter the node's namespace").ok()
+        page_of(&self.sandbox, node, port, path)
     }
 
     /// Whether a word is in the configuration that a node has stored.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use mesh_ctl::sandbox::topology::DEFAULT_NAMESPACE;
 use mesh_ctl::sandbox::{Mesh, Part, Sandbox, Topology, Workload, netns};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -12,6 +13,7 @@ use nix::unistd::Pid;
 use super::cpu;
 use super::load::{Outcome, Work};
 use super::peer;
+use crate::mesh_bed::page_of;
 
 /// Port of the load server.
 const PORT: u16 = 7000;
@@ -19,6 +21,11 @@ const PORT: u16 = 7000;
 const PORT_SETTINGS: [(&str, &str); 2] = [("tcp_tw_reuse", "1"), ("ip_local_port_range", "10240 65000")];
 /// Arguments of a node proxy that has one CPU.
 const ONE_WORKER: [&str; 2] = ["--workers", "1"];
+/// Where a node proxy shows its metrics, ours and ztunnel alike.
+const METRICS_PORT: u16 = 15020;
+/// Metric of opened connections, and the label of those that both identities authorized (Istio's names).
+const OPENED: &str = "istio_tcp_connections_opened_total{";
+const MUTUAL: &str = "connection_security_policy=\"mutual_tls\"";
 /// Name of the client's workload.
 const CLIENT: &str = "client";
 
@@ -170,6 +177,25 @@ impl Place {
         Ok(())
     }
 
+    /// Fails unless every connection that the client's node proxy has carried was authorized by both identities: a mesh
+    /// that lets traffic through in clear would win every benchmark.
+    ///
+    /// # Errors
+    /// One was not, there was none, or the node proxy does not say.
+    pub fn prove_mutual(&self) -> Result<()> {
+        if self.system == System::Direct {
+            return Ok(());
+        }
+        let node = &self.sandbox.workload(CLIENT)?.node;
+        let page = page_of(&self.sandbox, node, METRICS_PORT, "/metrics").context("metrics of the node proxy")?;
+        let opened = page.lines().filter(|line| line.starts_with(OPENED) && line.contains("reporter=\"source\""));
+        let (mutual, clear): (Vec<_>, Vec<_>) = opened.partition(|line| line.contains(MUTUAL));
+        if mutual.is_empty() || !clear.is_empty() {
+            bail!("{:?} is no mesh: with mutual TLS {mutual:?}, without {clear:?}", self.system);
+        }
+        Ok(())
+    }
+
     /// Runs one load from the client; returns what it did and the CPU seconds of client, server and proxies.
     ///
     /// # Errors
@@ -238,6 +264,7 @@ fn topology(direct: bool) -> Result<Topology> {
     Ok(Topology::new()
         .node("node-a")
         .node("node-b")
+        .namespace(DEFAULT_NAMESPACE, &[("istio.io/dataplane-mode", "ambient")])
         .workload(workload(CLIENT, "node-a"))
         .workload(server(Distance::Same.server(), "node-a"))
         .workload(server(Distance::Across.server(), "node-b")))

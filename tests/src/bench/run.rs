@@ -11,6 +11,9 @@ use super::load::Work;
 use super::place::{Distance, Place, System};
 use super::table::{Cell, Origin, Row, Table};
 
+/// Length of the load that shows that a mesh is one, seconds.
+const PROOF_SECS: f64 = 0.1;
+
 /// One row of the matrix.
 #[derive(Debug, Clone, Copy)]
 struct Item {
@@ -77,6 +80,24 @@ pub fn run(plan: &Plan) -> Result<Table> {
 }
 
 fn measure(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
+    prove_mutual(places)?;
+    let table = measured(plan, places)?;
+    prove_mutual(places)?;
+    Ok(table)
+}
+
+/// Sends a little at both distances, so that there is something to prove.
+fn prove_mutual(places: &[(System, Place)]) -> Result<()> {
+    for distance in [Distance::Across, Distance::Same] {
+        for (_, place) in places {
+            place.run(distance, Work::RequestResponse, 1, PROOF_SECS)?;
+            place.prove_mutual()?;
+        }
+    }
+    Ok(())
+}
+
+fn measured(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
     let idle_rss = places
         .iter()
         .filter(|(system, _)| *system != System::Direct)
