@@ -1,8 +1,8 @@
 //! One delta stream, as a function of the client's requests and the catalogue.
 //!
-//! A type has at most one response in flight; what changes meanwhile is gathered into the next one. Removed policies are
-//! told only after the workloads that named them, because a workload that names a policy it does not have refuses
-//! everything.
+//! A type has at most one response in flight; what changes meanwhile is gathered into the next one. New policies are told
+//! before the workloads that name them and removed ones after them, because a workload that names a policy it does not
+//! have refuses everything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -130,8 +130,11 @@ impl Session {
     /// The next response, if there is something to say and room to say it. Call it until it gives none.
     pub fn next(&mut self, catalogue: &Catalogue) -> Result<Option<DeltaDiscoveryResponse>, SessionError> {
         for kind in ResourceType::ALL {
-            let hold_removals =
-                kind == ResourceType::Authorization && self.is_behind(ResourceType::Address, catalogue)?;
+            let hold_removals = match kind {
+                ResourceType::Authorization => self.is_behind(ResourceType::Address, catalogue)?,
+                ResourceType::Address if self.owes_puts(ResourceType::Authorization, catalogue)? => continue,
+                ResourceType::Address => false,
+            };
             let Some(session) = self.types.get_mut(&kind) else { continue };
             if session.in_flight.is_some() {
                 continue;
@@ -175,6 +178,23 @@ impl Session {
             }
             Subscription::Wildcard => Ok(true),
             Subscription::Named(_) => Ok(session.in_flight.is_some()),
+        }
+    }
+
+    /// Whether a type that the client reads has new or changed resources that wait for an answer to the last response.
+    fn owes_puts(&self, kind: ResourceType, catalogue: &Catalogue) -> Result<bool, TooFarBehind> {
+        let Some(session) = self.types.get(&kind).filter(|session| session.in_flight.is_some()) else {
+            return Ok(false);
+        };
+        match &session.subscription {
+            Subscription::Wildcard if session.answered => {
+                Ok(catalogue.since(kind, session.sent_generation)?.any(|(_, resource)| resource.is_some()))
+            }
+            Subscription::Wildcard => Ok(true),
+            Subscription::Named(names) => {
+                let mut named = names.iter().flat_map(|name| catalogue.resolve(kind, name));
+                Ok(named.any(|resource| session.held.get(&resource.name) != Some(&Some(resource.version.clone()))))
+            }
         }
     }
 }

@@ -223,6 +223,57 @@ fn policies_come_before_workloads_and_go_after_them() {
 }
 
 #[test]
+fn a_workload_waits_for_a_new_policy_that_waits_for_an_answer() {
+    let mut s = Stream::new(vec![put(Address, "w", "1"), put(Authorization, "p", "1")]);
+    s.session.hear(request(Address)).unwrap();
+    s.session.hear(request(Authorization)).unwrap();
+    let (auth, addr) = (s.expect(Authorization, "p=1"), s.expect(Address, "w=1"));
+    s.ack(Authorization, &auth);
+    s.ack(Address, &addr);
+
+    s.catalogue.apply(vec![put(Authorization, "p", "2")]);
+    let auth = s.expect(Authorization, "p=2");
+    // The workload names `q`, which cannot be sent before the answer to `p`.
+    s.catalogue.apply(vec![put(Authorization, "q", "1"), put(Address, "w", "2")]);
+    s.silence();
+    s.catalogue.apply(vec![Update::Remove(Authorization, "p".into()), put(Address, "v", "1")]);
+    s.silence();
+    s.ack(Authorization, &auth);
+    let auth = s.expect(Authorization, "q=1");
+    let addr = s.expect(Address, "w=2 v=1");
+    s.silence();
+    s.ack(Authorization, &auth);
+    s.expect(Authorization, "-p");
+
+    // What comes without a new policy does not wait.
+    s.ack(Address, &addr);
+    s.catalogue.apply(vec![put(Address, "v", "2")]);
+    s.expect(Address, "v=2");
+}
+
+#[test]
+fn policies_by_name_come_before_workloads_too() {
+    let mut s = Stream::new(vec![put(Authorization, "p", "1"), put(Address, "w", "1")]);
+    let by_name = DeltaDiscoveryRequest { resource_names_subscribe: names(&["p", "q"]), ..request(Authorization) };
+    s.session.hear(by_name).unwrap();
+    s.session.hear(request(Address)).unwrap();
+    let auth = s.expect(Authorization, "p=1");
+    let addr = s.expect(Address, "w=1");
+    s.ack(Address, &addr);
+    s.ack(Authorization, &auth);
+    let auth = s.expect(Authorization, "-q");
+    s.catalogue.apply(vec![put(Authorization, "other", "1"), put(Address, "w", "2")]);
+    let addr = s.expect(Address, "w=2");
+    s.ack(Address, &addr);
+    s.catalogue.apply(vec![put(Authorization, "q", "1"), put(Address, "w", "3")]);
+    s.silence();
+    // A refusal is an answer, too.
+    assert!(matches!(s.nack(Authorization, &auth, "no"), Heard::Nack(Authorization, _)));
+    s.expect(Authorization, "q=1");
+    s.expect(Address, "w=3");
+}
+
+#[test]
 fn a_removal_that_waits_for_a_busy_type_is_not_lost() {
     let mut s = Stream::new(vec![put(Address, "w", "1"), put(Authorization, "p", "1")]);
     s.session.hear(request(Address)).unwrap();
