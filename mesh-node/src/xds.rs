@@ -1,17 +1,17 @@
 //! Configuration from the controller: a delta stream of workloads, services and policies.
 //!
-//! Here: the stream, what is acknowledged and refused, when a configuration is put in force and stored. What a resource
-//! means is `mesh_api::wds`, what follows from it is `mesh_core`.
+//! Here: the stream, and when a configuration is put in force and stored; what is accepted and refused: [`held`]. What a
+//! resource means is `mesh_api::wds`, what follows from it is `mesh_core`.
+
+mod held;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_api::proto::xds::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as RpcStatus};
-use mesh_api::wds;
+use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use mesh_core::snapshot::{Change, Snapshot};
 use prost_types::Struct;
 use prost_types::value::Kind;
 use tokio::sync::{mpsc, watch};
@@ -22,7 +22,9 @@ use tonic::{Request, Streaming};
 
 use crate::controller::{ControllerConfig, FileError, explain};
 use crate::runtime::Shared;
-use crate::snapshot_store::{self, Stored, Versions, type_index};
+use crate::snapshot_store::{self, Stored, type_index};
+
+use held::{Accepted, Held};
 
 /// Called after the view was swapped.
 pub type Changed = Arc<dyn Fn() + Send + Sync>;
@@ -31,12 +33,8 @@ pub type Changed = Arc<dyn Fn() + Send + Sync>;
 const TYPES: [&str; 2] = [AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL];
 /// Largest response, bytes: one holds the whole state of a type.
 const MAX_RESPONSE_BYTES: usize = 256 << 20;
-/// Resources held, of both types together.
-const MAX_RESOURCES: usize = 1_000_000;
 /// Requests that wait to be sent: an answer for each type, and room.
 const REQUEST_QUEUE: usize = 16;
-/// Characters of what is said about refused resources.
-const MAX_REASON_CHARS: usize = 4096;
 /// Wait before the first try to connect again; doubles up to [`BACKOFF_MAX`].
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 /// Longest wait between tries.
@@ -104,10 +102,7 @@ pub struct XdsClient {
     shared: Arc<Shared>,
     changed: Changed,
     status: watch::Sender<XdsStatus>,
-    snapshot: Arc<Snapshot>,
-    versions: [Versions; 2],
-    /// Types that this or an earlier stream has sent in full.
-    seen: [bool; 2],
+    held: Held,
     /// When the changed configuration will be stored.
     store_at: Option<Instant>,
     stored: Option<Instant>,
@@ -129,9 +124,8 @@ impl XdsClient {
         shared: Arc<Shared>,
         changed: Changed,
     ) -> (Self, watch::Receiver<XdsStatus>) {
-        let empty = Snapshot::in_network(&controller.network);
         let has_stored = stored.is_some();
-        let Stored { changes, versions } = stored.unwrap_or_default();
+        let held = Held::new(&controller.network, stored);
         let (status, receiver) = watch::channel(XdsStatus::default());
         let client = Self {
             controller,
@@ -139,9 +133,7 @@ impl XdsClient {
             shared,
             changed,
             status,
-            snapshot: Arc::new(empty.apply(&changes)),
-            versions,
-            seen: [has_stored; 2],
+            held,
             store_at: None,
             stored: None,
             complained: None,
@@ -216,7 +208,7 @@ impl XdsClient {
             .max_encoding_message_size(MAX_RESPONSE_BYTES);
         let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
         for (position, type_url) in TYPES.into_iter().enumerate() {
-            let initial = type_index(type_url).map(|index| self.versions[index].clone()).unwrap_or_default();
+            let initial = type_index(type_url).map(|index| self.held.versions[index].clone()).unwrap_or_default();
             let request = DeltaDiscoveryRequest {
                 node: (position == 0).then(|| self.node()),
                 type_url: type_url.to_owned(),
@@ -263,75 +255,28 @@ impl XdsClient {
         }
     }
 
-    /// Takes a response: applies what is good, and says what is not.
+    /// Takes a response, and puts in force and stores what follows from it.
     fn accept(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
-        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
-        let mut refused = Vec::new();
-        if let Some(index) = type_index(&type_url) {
-            let mut changes = Vec::with_capacity(resources.len());
-            for resource in resources {
-                match decode(&type_url, &resource) {
-                    Ok(change) if self.has_room_for(index, &resource.name) => {
-                        self.versions[index].insert(resource.name, resource.version);
-                        changes.push(change);
-                    }
-                    Ok(_) => refused.push(format!("{}: more than {MAX_RESOURCES} resources", resource.name)),
-                    Err(reason) => refused.push(format!("{}: {reason}", resource.name)),
-                }
-            }
-            for name in &removed_resources {
-                self.versions[index].remove(name);
-                changes.extend(wds::removal(&type_url, name));
-            }
-            self.apply(index, &changes);
-        } else {
-            refused.push(format!("type {type_url} was not asked for"));
+        let (was_complete, is_asked_for) = (self.held.is_complete(), type_index(&response.type_url).is_some());
+        let Accepted { answer, is_changed, refused } = self.held.accept(response);
+        if refused > 0 {
+            self.status.send_modify(|status| status.refused += refused as u64);
         }
-        DeltaDiscoveryRequest {
-            error_detail: self.refusal(&type_url, &refused),
-            type_url,
-            response_nonce: nonce,
-            ..Default::default()
-        }
-    }
-
-    fn has_room_for(&self, index: usize, name: &str) -> bool {
-        self.versions.iter().map(Versions::len).sum::<usize>() < MAX_RESOURCES
-            || self.versions[index].contains_key(name)
-    }
-
-    fn refusal(&self, type_url: &str, refused: &[String]) -> Option<RpcStatus> {
-        if refused.is_empty() {
-            return None;
-        }
-        self.status.send_modify(|status| status.refused += refused.len() as u64);
-        let message: String = refused.join("; ").chars().take(MAX_REASON_CHARS).collect();
-        tracing::warn!(type_url, refused = refused.len(), reasons = message, "resources refused, last good ones stay");
-        // INVALID_ARGUMENT of google.rpc.Code.
-        Some(RpcStatus { code: 3, message, details: Vec::new() })
-    }
-
-    fn apply(&mut self, index: usize, changes: &[Change]) {
-        let was_complete = self.seen == [true; 2];
-        self.seen[index] = true;
-        if !changes.is_empty() {
-            self.snapshot = Arc::new(self.snapshot.apply(changes));
-        }
-        let complete = self.seen == [true; 2];
-        if complete && (!changes.is_empty() || !was_complete) {
+        let complete = self.held.is_complete() && is_asked_for;
+        if complete && (is_changed || !was_complete) {
             // The first one at once: a crash right after it must not find an empty disk.
             let now = Instant::now();
             self.store_at.get_or_insert(self.stored.map_or(now, |last| now.max(last + STORE_EVERY)));
         }
         let from_controller = self.status.borrow().source == ConfigSource::Controller;
-        // Nothing is in force before all types are there: workloads without their policies would let too much in.
-        if complete && (!changes.is_empty() || !was_complete || !from_controller) {
+        if complete && (is_changed || !was_complete || !from_controller) {
             self.publish(ConfigSource::Controller);
         }
+        answer
     }
 
     fn publish(&self, source: ConfigSource) {
-        self.shared.update(|view| view.with_snapshot(Arc::clone(&self.snapshot), true));
+        self.shared.update(|view| view.with_snapshot(Arc::clone(&self.held.snapshot), true));
         (self.changed)();
         self.status.send_modify(|status| {
             status.source = source;
@@ -340,11 +285,12 @@ impl XdsClient {
     }
 
     async fn store(&mut self) {
-        if self.seen != [true; 2] {
+        if !self.held.is_complete() {
             return;
         }
         self.stored = Some(Instant::now());
-        let (dir, snapshot, versions) = (self.state_dir.clone(), Arc::clone(&self.snapshot), self.versions.clone());
+        let (snapshot, versions) = (Arc::clone(&self.held.snapshot), self.held.versions.clone());
+        let dir = self.state_dir.clone();
         let saved = tokio::task::spawn_blocking(move || snapshot_store::save(&dir, &snapshot, &versions)).await;
         if let Err(error) = saved.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked))) {
             tracing::warn!(dir = %self.state_dir.display(), %error, "configuration not stored; trying again");
@@ -362,21 +308,4 @@ impl XdsClient {
             metadata: Some(Struct { fields: fields.map(|(key, value)| (key.to_owned(), text(value))).into() }),
         }
     }
-}
-
-/// Decodes a resource that says it is of `type_url`, and is what its name says.
-fn decode(type_url: &str, resource: &mesh_api::proto::xds::Resource) -> Result<Change, String> {
-    let any = resource.resource.as_ref().ok_or("it has no content")?;
-    if any.type_url != type_url {
-        return Err(format!("it is of type {}", any.type_url));
-    }
-    let change = wds::decode(type_url, &any.value).map_err(|error| error.to_string())?;
-    let name = match &change {
-        Change::UpsertWorkload(workload) => workload.uid.to_string(),
-        Change::UpsertService(service) => service.key.to_string(),
-        Change::UpsertPolicy(policy) => policy.name.to_string(),
-        // Decoding never says that something is gone.
-        Change::RemoveWorkload(_) | Change::RemoveService(_) | Change::RemovePolicy(_) => String::new(),
-    };
-    if name == resource.name { Ok(change) } else { Err(format!("its content is {name}")) }
 }
