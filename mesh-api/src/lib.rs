@@ -13,3 +13,6 @@ pub mod yaml;
 pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";
 /// Type URL of L4 policies.
 pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
+/// Largest request on a configuration stream, bytes: the versions of 200,000 resources. A client that holds more does not
+/// say what it has.
+pub const MAX_DISCOVERY_REQUEST_BYTES: usize = 32 << 20;

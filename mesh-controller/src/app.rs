@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use futures_util::Stream;
+use mesh_api::MAX_DISCOVERY_REQUEST_BYTES;
 use mesh_api::proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_api::proto::xds::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_core::config::{Compiler, Settings};
@@ -224,7 +225,7 @@ async fn serve_grpc(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(MAX_CALLS)
         .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(ads.max_decoding_message_size(ads::MAX_REQUEST_BYTES))
+        .add_service(ads.max_decoding_message_size(MAX_DISCOVERY_REQUEST_BYTES))
         .add_service(certificates.max_decoding_message_size(ca::MAX_REQUEST_BYTES))
         .serve_with_incoming_shutdown(connections, async move {
             let _ = down.wait_for(|down| *down).await;

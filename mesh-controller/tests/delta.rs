@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{ADDRESS, AUTHORIZATION, DENY_ALL, Mesh, names, pod, versions};
+use mesh_api::MAX_DISCOVERY_REQUEST_BYTES;
 use mesh_api::proto::xds::DeltaDiscoveryRequest;
 use mesh_api::wds;
 use mesh_core::snapshot::Change;
+use prost::Message;
 
 const WEB: &str = "Kubernetes//Pod/default/web";
 const DB: &str = "Kubernetes//Pod/default/db";
@@ -45,6 +47,23 @@ async fn the_first_responses_hold_everything_and_decode() {
         (status.nodes[0].node.as_str(), status.resources[ADDRESS], status.resources[AUTHORIZATION]),
         ("node-a", 3, 2)
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_of_the_largest_size_is_read() {
+    let mesh = mesh().await;
+    let mut stream = mesh.stream("node-a").await;
+    let entry =
+        |i: usize| (format!("Kubernetes//Pod/default/a-pod-with-a-long-name-of-a-deployment-{i:06}"), "0".repeat(16));
+    let mut request = DeltaDiscoveryRequest { type_url: ADDRESS.into(), ..Default::default() };
+    request.initial_resource_versions = (0..300_000).map(entry).collect();
+    let spare = MAX_DISCOVERY_REQUEST_BYTES - request.encoded_len();
+    // Tag and length of the nonce take five bytes.
+    request.response_nonce = "n".repeat(spare - 5);
+    assert_eq!(request.encoded_len(), MAX_DISCOVERY_REQUEST_BYTES);
+    stream.send(request).await;
+    let response = stream.next().await;
+    assert_eq!((response.resources.len(), response.removed_resources.len()), (3, 300_000));
 }
 
 #[tokio::test(flavor = "multi_thread")]

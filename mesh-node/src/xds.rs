@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use mesh_api::proto::xds::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MAX_DISCOVERY_REQUEST_BYTES};
 use prost_types::Struct;
 use prost_types::value::Kind;
 use tokio::sync::{mpsc, watch};
@@ -201,20 +201,15 @@ impl XdsClient {
     }
 
     async fn open(
-        &self,
+        &mut self,
     ) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), StreamError> {
         let mut client = AggregatedDiscoveryServiceClient::new(self.controller.channel()?)
             .max_decoding_message_size(MAX_RESPONSE_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
+            .max_encoding_message_size(MAX_DISCOVERY_REQUEST_BYTES);
         let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
         for (position, type_url) in TYPES.into_iter().enumerate() {
-            let initial = type_index(type_url).map(|index| self.held.versions[index].clone()).unwrap_or_default();
-            let request = DeltaDiscoveryRequest {
-                node: (position == 0).then(|| self.node()),
-                type_url: type_url.to_owned(),
-                initial_resource_versions: initial,
-                ..Default::default()
-            };
+            let node = (position == 0).then(|| self.node());
+            let request = DeltaDiscoveryRequest { node, ..self.held.opening(type_url) };
             // The queue has room for more than the types.
             let _ = requests.try_send(request);
         }

@@ -22,8 +22,6 @@ use crate::metrics::{Metrics, TypeLabel};
 
 /// Streams at once; a mesh of a thousand nodes with a proxy upgrade on each has two thousand.
 pub const MAX_STREAMS: usize = 4096;
-/// Bytes of a request: the versions of 200,000 resources.
-pub const MAX_REQUEST_BYTES: usize = 32 << 20;
 
 /// The service.
 #[derive(Debug)]

@@ -1,15 +1,23 @@
 //! The configuration that a node holds, as a function of the controller's responses.
+//!
+//! A stream begins with the versions of what is held and is told the difference. Where one request cannot hold the versions
+//! it begins with nothing, and the first response of the type is the whole state: what is not in it is gone.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource, Status as RpcStatus};
 use mesh_api::wds;
+use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MAX_DISCOVERY_REQUEST_BYTES};
 use mesh_core::snapshot::{Change, Snapshot};
+use prost::Message;
 
 use crate::snapshot_store::{Stored, Versions, type_index};
 
-/// Resources held, of both types together.
-const MAX_RESOURCES: usize = 1_000_000;
+/// Resources held, of both types together; a response and the stored configuration have room for as many.
+const MAX_RESOURCES: usize = 500_000;
+/// Bytes that a request needs besides versions.
+const REQUEST_OVERHEAD_BYTES: usize = 4096;
 /// Characters of what is said about refused resources.
 const MAX_REASON_CHARS: usize = 4096;
 
@@ -19,6 +27,11 @@ pub(super) struct Held {
     pub(super) versions: [Versions; 2],
     /// Types that this or an earlier stream has sent in full.
     seen: [bool; 2],
+    /// Types whose next response is their whole state.
+    whole: [bool; 2],
+    /// Policies that were not in a whole state. They go after the workloads that named them.
+    leftover: BTreeSet<String>,
+    max_request_bytes: usize,
 }
 
 /// What became of a response.
@@ -37,7 +50,27 @@ impl Held {
         let has_stored = stored.is_some();
         let Stored { changes, versions } = stored.unwrap_or_default();
         let snapshot = Arc::new(Snapshot::in_network(network).apply(&changes));
-        Self { snapshot, versions, seen: [has_stored; 2] }
+        Self {
+            snapshot,
+            versions,
+            seen: [has_stored; 2],
+            whole: [false; 2],
+            leftover: BTreeSet::new(),
+            max_request_bytes: MAX_DISCOVERY_REQUEST_BYTES,
+        }
+    }
+
+    /// The request for a type with which a stream begins.
+    pub(super) fn opening(&mut self, type_url: &str) -> DeltaDiscoveryRequest {
+        let mut request = DeltaDiscoveryRequest { type_url: type_url.to_owned(), ..Default::default() };
+        let Some(index) = type_index(type_url) else { return request };
+        self.leftover.clear();
+        request.initial_resource_versions.clone_from(&self.versions[index]);
+        self.whole[index] = request.encoded_len() + REQUEST_OVERHEAD_BYTES > self.max_request_bytes;
+        if self.whole[index] {
+            request.initial_resource_versions.clear();
+        }
+        request
     }
 
     /// Whether all types are there: workloads without their policies would let too much in.
@@ -51,6 +84,8 @@ impl Held {
         let mut refused = Vec::new();
         let mut changes = Vec::with_capacity(resources.len());
         if let Some(index) = type_index(&type_url) {
+            let gone = self.gone(&type_url, removed_resources, &resources);
+            self.remove(&type_url, gone, &mut changes);
             for resource in resources {
                 match decode(&type_url, &resource) {
                     Ok(change) if self.has_room_for(index, &resource.name) => {
@@ -61,9 +96,9 @@ impl Held {
                     Err(reason) => refused.push(format!("{}: {reason}", resource.name)),
                 }
             }
-            for name in &removed_resources {
-                self.versions[index].remove(name);
-                changes.extend(wds::removal(&type_url, name));
+            if type_url == ADDRESS_TYPE_URL {
+                let leftover = std::mem::take(&mut self.leftover);
+                self.remove(AUTHORIZATION_TYPE_URL, leftover, &mut changes);
             }
             self.seen[index] = true;
         } else {
@@ -77,6 +112,36 @@ impl Held {
             ..Default::default()
         };
         Accepted { answer, is_changed: !changes.is_empty(), refused: refused.len() }
+    }
+
+    /// What goes now: what the controller says, and workloads and services that a whole state does not have. Policies that
+    /// it does not have are left over.
+    fn gone(&mut self, type_url: &str, removed: Vec<String>, resources: &[Resource]) -> BTreeSet<String> {
+        let mut gone = BTreeSet::from_iter(removed);
+        let there: BTreeSet<&str> = resources.iter().map(|resource| resource.name.as_str()).collect();
+        let is_address = type_url == ADDRESS_TYPE_URL;
+        if !is_address {
+            self.leftover.retain(|name| !there.contains(name.as_str()));
+        }
+        let Some(index) = type_index(type_url).filter(|index| std::mem::take(&mut self.whole[*index])) else {
+            return gone;
+        };
+        let missing = self.versions[index].keys().filter(|name| !there.contains(name.as_str())).cloned();
+        if is_address {
+            gone.extend(missing);
+        } else {
+            self.leftover.extend(missing);
+        }
+        gone
+    }
+
+    fn remove(&mut self, type_url: &str, names: BTreeSet<String>, changes: &mut Vec<Change>) {
+        for name in names {
+            if let Some(index) = type_index(type_url) {
+                self.versions[index].remove(&name);
+            }
+            changes.extend(wds::removal(type_url, &name));
+        }
     }
 
     fn apply(&mut self, changes: &[Change]) {
@@ -116,4 +181,109 @@ fn decode(type_url: &str, resource: &Resource) -> Result<Change, String> {
         Change::RemoveWorkload(_) | Change::RemoveService(_) | Change::RemovePolicy(_) => String::new(),
     };
     if name == resource.name { Ok(change) } else { Err(format!("its content is {name}")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope};
+
+    use super::*;
+
+    fn workload(name: &str) -> Change {
+        let proto = mesh_api::proto::workload::Workload {
+            uid: format!("c//Pod/ns/{name}"),
+            name: name.to_owned(),
+            namespace: "ns".to_owned(),
+            ..Default::default()
+        };
+        Change::UpsertWorkload(Arc::new(wds::workload_from_proto(&proto).expect("a workload")))
+    }
+
+    fn policy_name(name: &str) -> PolicyName {
+        PolicyName { namespace: "ns".into(), name: name.into() }
+    }
+
+    fn policy(name: &str) -> Change {
+        let (name, scope) = (policy_name(name), PolicyScope::Namespace);
+        Change::UpsertPolicy(Arc::new(Policy { name, scope, action: Action::Deny, dry_run: false, rules: vec![] }))
+    }
+
+    fn response(type_url: &str, changes: &[Change], removed: &[&str]) -> DeltaDiscoveryResponse {
+        let resource = |change| {
+            let wds::Resource { type_url, name, content } = wds::encode(change);
+            let content = content.expect("no removal");
+            let resource = prost_types::Any { type_url: type_url.to_owned(), value: content.bytes.to_vec() };
+            Resource { name, version: content.version, resource: Some(resource), ..Default::default() }
+        };
+        DeltaDiscoveryResponse {
+            type_url: type_url.to_owned(),
+            resources: changes.iter().map(resource).collect(),
+            removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    /// Names of all that is held, policies first.
+    fn names(held: &Held) -> Vec<String> {
+        let policies = held.snapshot.policies().map(|policy| policy.name.name.to_string());
+        policies.chain(held.snapshot.workloads().map(|workload| workload.name.to_string())).collect()
+    }
+
+    fn accept(held: &mut Held, type_url: &str, changes: &[Change], removed: &[&str]) {
+        let accepted = held.accept(response(type_url, changes, removed));
+        assert_eq!(accepted.answer.error_detail, None);
+    }
+
+    #[test]
+    fn a_stream_begins_with_the_versions_of_what_is_held() {
+        let mut held = Held::new("", None);
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &[policy("p")], &[]);
+        accept(&mut held, ADDRESS_TYPE_URL, &[workload("a"), workload("b")], &[]);
+        for (type_url, count) in [(AUTHORIZATION_TYPE_URL, 1), (ADDRESS_TYPE_URL, 2)] {
+            assert_eq!(held.opening(type_url).initial_resource_versions.len(), count);
+        }
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &[], &[]);
+        accept(&mut held, ADDRESS_TYPE_URL, &[workload("c")], &["c//Pod/ns/a"]);
+        assert_eq!(names(&held), ["p", "b", "c"]);
+    }
+
+    #[test]
+    fn what_one_request_cannot_name_is_compared_with_the_whole_state() {
+        let mut held = Held::new("", None);
+        let many: Vec<Change> = (0..300).map(|i| workload(&format!("w{i}"))).collect();
+        let policies: Vec<Change> = (0..300).map(|i| policy(&format!("p{i}"))).collect();
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &policies, &[]);
+        accept(&mut held, ADDRESS_TYPE_URL, &many, &[]);
+        held.max_request_bytes = 10_000;
+        for type_url in [AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL] {
+            let request = held.opening(type_url);
+            assert!(request.encoded_len() < held.max_request_bytes && request.initial_resource_versions.is_empty());
+        }
+        // What is gone goes, policies after the workloads that may name them.
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &policies[..2], &[]);
+        assert_eq!(names(&held).len(), 600);
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &policies[2..3], &[]);
+        accept(&mut held, ADDRESS_TYPE_URL, &many[..1], &[]);
+        assert_eq!(names(&held), ["p0", "p1", "p2", "w0"]);
+        // It was said once: from now on it is differences again.
+        accept(&mut held, ADDRESS_TYPE_URL, &many[1..2], &[]);
+        assert_eq!(names(&held), ["p0", "p1", "p2", "w0", "w1"]);
+        assert_eq!(held.opening(ADDRESS_TYPE_URL).initial_resource_versions.len(), 2);
+    }
+
+    #[test]
+    fn a_stream_that_ends_between_the_types_removes_nothing() {
+        let mut held = Held::new("", None);
+        let policies: Vec<Change> = (0..300).map(|i| policy(&format!("p{i}"))).collect();
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &policies, &[]);
+        accept(&mut held, ADDRESS_TYPE_URL, &[workload("a")], &[]);
+        let max_request_bytes = std::mem::replace(&mut held.max_request_bytes, 10_000);
+        held.opening(AUTHORIZATION_TYPE_URL);
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &policies[..1], &[]);
+        held.max_request_bytes = max_request_bytes;
+        assert_eq!(held.opening(AUTHORIZATION_TYPE_URL).initial_resource_versions.len(), 300);
+        held.opening(ADDRESS_TYPE_URL);
+        accept(&mut held, ADDRESS_TYPE_URL, &[], &[]);
+        assert_eq!(names(&held).len(), 301);
+    }
 }
