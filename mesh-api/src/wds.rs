@@ -4,7 +4,7 @@
 //! a resource's version is a hash of them. Decoding is lenient where a newer sender can only make us choose worse
 //! (load balancing, telemetry) and strict where it could make us let in what it meant to keep out: an Authorization
 //! with a field or a value that we do not know is refused ([`decode_authorization`]), so that the last good version
-//! stays in force and the sender learns of it.
+//! stays in force and the sender learns of it. Whom a refused one concerns may still be told ([`scope_of_refused`]).
 
 mod address;
 mod authorization;
@@ -20,7 +20,7 @@ use crate::proto::workload::{Address, address::Type};
 use crate::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 
 pub use address::{decode_address, service_from_proto, service_to_proto, workload_from_proto, workload_to_proto};
-pub use authorization::{decode_authorization, policy_from_proto, policy_to_proto};
+pub use authorization::{decode_authorization, policy_from_proto, policy_to_proto, scope_of_refused};
 
 /// Largest resource that is decoded. A service with 1,000 ports takes 20 KiB, a policy with 10,000 principals 1 MiB.
 pub const RESOURCE_MAX_BYTES: usize = 4 << 20;

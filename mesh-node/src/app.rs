@@ -311,5 +311,6 @@ fn controller(config: &Config) -> ControllerConfig {
         cluster: config.cluster.as_str().into(),
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
     }
 }

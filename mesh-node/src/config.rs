@@ -98,6 +98,10 @@ pub struct Config {
     /// The only trust domain whose identities are accepted
     #[arg(long, env = "MESH_TRUST_DOMAIN", default_value = "cluster.local", value_name = "NAME", value_parser = parse_name)]
     pub trust_domain: String,
+    /// Namespace whose policies are mesh-wide: one that cannot be understood refuses all connections of the mesh, and not
+    /// of its namespace alone
+    #[arg(long, env = "MESH_ROOT_NAMESPACE", default_value = "istio-system", value_name = "NAMESPACE", value_parser = parse_name)]
+    pub root_namespace: String,
     /// Worker threads [default: one for each CPU that this process may use]
     #[arg(long, env = "MESH_WORKERS", value_name = "N", value_parser = parse_workers)]
     pub workers: Option<NonZeroUsize>,

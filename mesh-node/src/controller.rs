@@ -45,6 +45,8 @@ pub struct ControllerConfig {
     pub trust_domain: Arc<str>,
     /// This node's network.
     pub network: Arc<str>,
+    /// The namespace whose policies are mesh-wide.
+    pub root_namespace: Arc<str>,
 }
 
 /// Why a file that the connection needs cannot be used.

@@ -125,7 +125,7 @@ impl XdsClient {
         changed: Changed,
     ) -> (Self, watch::Receiver<XdsStatus>) {
         let has_stored = stored.is_some();
-        let held = Held::new(&controller.network, stored);
+        let held = Held::new(&controller.network, controller.root_namespace.clone(), stored);
         let (status, receiver) = watch::channel(XdsStatus::default());
         let client = Self {
             controller,

@@ -44,6 +44,12 @@ pub fn decode_authorization(bytes: &[u8]) -> Result<Change, WireError> {
     policy_from_proto(&proto).map(|policy| Change::UpsertPolicy(policy.into()))
 }
 
+/// Whom a policy concerns that [`decode_authorization`] refuses; none if even that cannot be told.
+pub fn scope_of_refused(bytes: &[u8]) -> Option<PolicyScope> {
+    let proto: proto::Authorization = message(bytes).ok()?;
+    scope_from_proto(proto.scope)
+}
+
 /// `namespace/name`.
 pub(super) fn policy_name(name: &str) -> Option<PolicyName> {
     let (namespace, name) = name.split_once('/')?;
@@ -59,12 +65,7 @@ pub fn policy_from_proto(proto: &proto::Authorization) -> Result<Policy, WireErr
         return Err(WireError::Unknown { path: "extensions".into(), what: "extension".into() });
     }
     let unknown = |path: &str, value: i32| WireError::Unknown { path: path.into(), what: format!("value {value}") };
-    let scope = match proto::Scope::try_from(proto.scope) {
-        Ok(proto::Scope::Global) => PolicyScope::Global,
-        Ok(proto::Scope::Namespace) => PolicyScope::Namespace,
-        Ok(proto::Scope::WorkloadSelector) => PolicyScope::Workload,
-        Err(_) => return Err(unknown("scope", proto.scope)),
-    };
+    let scope = scope_from_proto(proto.scope).ok_or_else(|| unknown("scope", proto.scope))?;
     let action = match proto::Action::try_from(proto.action) {
         Ok(proto::Action::Allow) => Action::Allow,
         Ok(proto::Action::Deny) => Action::Deny,
@@ -73,6 +74,14 @@ pub fn policy_from_proto(proto: &proto::Authorization) -> Result<Policy, WireErr
     let name = PolicyName { namespace: proto.namespace.as_str().into(), name: proto.name.as_str().into() };
     let rules = proto.rules.iter().map(rule_from_proto).collect::<Result<_, _>>()?;
     Ok(Policy { name, scope, action, dry_run: proto.dry_run, rules })
+}
+
+fn scope_from_proto(scope: i32) -> Option<PolicyScope> {
+    Some(match proto::Scope::try_from(scope).ok()? {
+        proto::Scope::Global => PolicyScope::Global,
+        proto::Scope::Namespace => PolicyScope::Namespace,
+        proto::Scope::WorkloadSelector => PolicyScope::Workload,
+    })
 }
 
 fn rule_from_proto(rule: &proto::Rule) -> Result<Rule, WireError> {

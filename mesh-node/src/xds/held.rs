@@ -2,6 +2,9 @@
 //!
 //! A stream begins with the versions of what is held and is told the difference. Where one request cannot hold the versions
 //! it begins with nothing, and the first response of the type is the whole state: what is not in it is gone.
+//!
+//! A resource that cannot be used leaves its last good version in force. A policy without one must not count as absent:
+//! in its place stands a policy that refuses everything, until a version comes that can be used, or it is removed.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,6 +12,7 @@ use std::sync::Arc;
 use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource, Status as RpcStatus};
 use mesh_api::wds;
 use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MAX_DISCOVERY_REQUEST_BYTES};
+use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope, Rule};
 use mesh_core::snapshot::{Change, Snapshot};
 use prost::Message;
 
@@ -18,6 +22,8 @@ use crate::snapshot_store::{Stored, Versions, type_index};
 const MAX_RESOURCES: usize = 500_000;
 /// Bytes that a request needs besides versions.
 const REQUEST_OVERHEAD_BYTES: usize = 4096;
+/// What a new stream says that it has of a policy that was refused, so that it is sent again, or its removal.
+const REFUSED_VERSION: &str = "refused";
 /// Characters of what is said about refused resources.
 const MAX_REASON_CHARS: usize = 4096;
 
@@ -31,6 +37,7 @@ pub(super) struct Held {
     whole: [bool; 2],
     /// Policies that were not in a whole state. They go after the workloads that named them.
     leftover: BTreeSet<String>,
+    root_namespace: Arc<str>,
     max_request_bytes: usize,
 }
 
@@ -46,7 +53,7 @@ pub(super) struct Accepted {
 
 impl Held {
     /// Begins with what was stored.
-    pub(super) fn new(network: &str, stored: Option<Stored>) -> Self {
+    pub(super) fn new(network: &str, root_namespace: Arc<str>, stored: Option<Stored>) -> Self {
         let has_stored = stored.is_some();
         let Stored { changes, versions } = stored.unwrap_or_default();
         let snapshot = Arc::new(Snapshot::in_network(network).apply(&changes));
@@ -56,6 +63,7 @@ impl Held {
             seen: [has_stored; 2],
             whole: [false; 2],
             leftover: BTreeSet::new(),
+            root_namespace,
             max_request_bytes: MAX_DISCOVERY_REQUEST_BYTES,
         }
     }
@@ -81,37 +89,48 @@ impl Held {
     /// Takes a response: applies what is good, and says what is not.
     pub(super) fn accept(&mut self, response: DeltaDiscoveryResponse) -> Accepted {
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        let before = Arc::clone(&self.snapshot);
         let mut refused = Vec::new();
-        let mut changes = Vec::with_capacity(resources.len());
         if let Some(index) = type_index(&type_url) {
             let gone = self.gone(&type_url, removed_resources, &resources);
-            self.remove(&type_url, gone, &mut changes);
+            self.remove(&type_url, gone);
+            let mut changes = Vec::with_capacity(resources.len());
             for resource in resources {
-                match decode(&type_url, &resource) {
-                    Ok(change) if self.has_room_for(index, &resource.name) => {
+                match self.judge(&type_url, index, &resource) {
+                    Ok(change) => {
                         self.versions[index].insert(resource.name, resource.version);
                         changes.push(change);
                     }
-                    Ok(_) => refused.push(format!("{}: more than {MAX_RESOURCES} resources", resource.name)),
-                    Err(reason) => refused.push(format!("{}: {reason}", resource.name)),
+                    Err(reason) => {
+                        refused.push(format!("{}: {reason}", resource.name));
+                        changes.extend(self.placeholder(&type_url, &resource));
+                    }
                 }
             }
+            self.apply(&changes);
             if type_url == ADDRESS_TYPE_URL {
                 let leftover = std::mem::take(&mut self.leftover);
-                self.remove(AUTHORIZATION_TYPE_URL, leftover, &mut changes);
+                self.remove(AUTHORIZATION_TYPE_URL, leftover);
             }
             self.seen[index] = true;
         } else {
             refused.push(format!("type {type_url} was not asked for"));
         }
-        self.apply(&changes);
         let answer = DeltaDiscoveryRequest {
             error_detail: refusal(&type_url, &refused),
             type_url,
             response_nonce: nonce,
             ..Default::default()
         };
-        Accepted { answer, is_changed: !changes.is_empty(), refused: refused.len() }
+        Accepted { answer, is_changed: !Arc::ptr_eq(&before, &self.snapshot), refused: refused.len() }
+    }
+
+    /// What a resource means, or why it cannot be used.
+    fn judge(&self, type_url: &str, index: usize, resource: &Resource) -> Result<Change, String> {
+        let change = decode(type_url, resource)?;
+        let has_room = self.versions.iter().map(Versions::len).sum::<usize>() < MAX_RESOURCES
+            || self.versions[index].contains_key(&resource.name);
+        if has_room { Ok(change) } else { Err(format!("more than {MAX_RESOURCES} resources")) }
     }
 
     /// What goes now: what the controller says, and workloads and services that a whole state does not have. Policies that
@@ -135,13 +154,42 @@ impl Held {
         gone
     }
 
-    fn remove(&mut self, type_url: &str, names: BTreeSet<String>, changes: &mut Vec<Change>) {
+    /// What stands for a refused resource that there is no good version of.
+    fn placeholder(&mut self, type_url: &str, resource: &Resource) -> Option<Change> {
+        if type_url != AUTHORIZATION_TYPE_URL {
+            return None;
+        }
+        let name = policy_name(&resource.name);
+        if self.snapshot.policy(&name).is_some() {
+            return None;
+        }
+        let content = resource.resource.as_ref().filter(|any| any.type_url == type_url);
+        let is_mesh_wide = name.namespace.is_empty() || name.namespace == self.root_namespace;
+        let by_name = if is_mesh_wide { PolicyScope::Global } else { PolicyScope::Namespace };
+        let scope = content.and_then(|any| wds::scope_of_refused(&any.value)).unwrap_or(by_name);
+        if scope == PolicyScope::Workload {
+            // Workloads that name it refuse as long as it is not there.
+            return None;
+        }
+        let versions = &mut self.versions[type_index(type_url)?];
+        versions.insert(resource.name.clone(), REFUSED_VERSION.to_owned());
+        let everything = vec![Rule::default()];
+        let policy = Policy { name, scope, action: Action::Deny, dry_run: false, rules: everything };
+        Some(Change::UpsertPolicy(Arc::new(policy)))
+    }
+
+    fn remove(&mut self, type_url: &str, names: BTreeSet<String>) {
+        let mut changes = Vec::with_capacity(names.len());
         for name in names {
             if let Some(index) = type_index(type_url) {
                 self.versions[index].remove(&name);
             }
-            changes.extend(wds::removal(type_url, &name));
+            match type_url {
+                AUTHORIZATION_TYPE_URL => changes.push(Change::RemovePolicy(policy_name(&name))),
+                _ => changes.extend(wds::removal(type_url, &name)),
+            }
         }
+        self.apply(&changes);
     }
 
     fn apply(&mut self, changes: &[Change]) {
@@ -149,11 +197,12 @@ impl Held {
             self.snapshot = Arc::new(self.snapshot.apply(changes));
         }
     }
+}
 
-    fn has_room_for(&self, index: usize, name: &str) -> bool {
-        self.versions.iter().map(Versions::len).sum::<usize>() < MAX_RESOURCES
-            || self.versions[index].contains_key(name)
-    }
+/// `namespace/name`; a name of another form has no namespace.
+fn policy_name(name: &str) -> PolicyName {
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    PolicyName { namespace: namespace.into(), name: name.into() }
 }
 
 fn refusal(type_url: &str, refused: &[String]) -> Option<RpcStatus> {
@@ -161,7 +210,7 @@ fn refusal(type_url: &str, refused: &[String]) -> Option<RpcStatus> {
         return None;
     }
     let message: String = refused.join("; ").chars().take(MAX_REASON_CHARS).collect();
-    tracing::warn!(type_url, refused = refused.len(), reasons = message, "resources refused, last good ones stay");
+    tracing::warn!(type_url, refused = refused.len(), reasons = message, "resources refused; last good ones stay");
     // INVALID_ARGUMENT of google.rpc.Code.
     Some(RpcStatus { code: 3, message, details: Vec::new() })
 }
@@ -185,9 +234,15 @@ fn decode(type_url: &str, resource: &Resource) -> Result<Change, String> {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope};
+    use mesh_api::proto::security as proto;
+    use mesh_core::authorize::authorize;
+    use mesh_core::flow::{InboundFlow, Refusal, Verdict};
 
     use super::*;
+
+    fn held() -> Held {
+        Held::new("", "root".into(), None)
+    }
 
     fn workload(name: &str) -> Change {
         let proto = mesh_api::proto::workload::Workload {
@@ -236,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_stream_begins_with_the_versions_of_what_is_held() {
-        let mut held = Held::new("", None);
+        let mut held = held();
         accept(&mut held, AUTHORIZATION_TYPE_URL, &[policy("p")], &[]);
         accept(&mut held, ADDRESS_TYPE_URL, &[workload("a"), workload("b")], &[]);
         for (type_url, count) in [(AUTHORIZATION_TYPE_URL, 1), (ADDRESS_TYPE_URL, 2)] {
@@ -249,7 +304,7 @@ mod tests {
 
     #[test]
     fn what_one_request_cannot_name_is_compared_with_the_whole_state() {
-        let mut held = Held::new("", None);
+        let mut held = held();
         let many: Vec<Change> = (0..300).map(|i| workload(&format!("w{i}"))).collect();
         let policies: Vec<Change> = (0..300).map(|i| policy(&format!("p{i}"))).collect();
         accept(&mut held, AUTHORIZATION_TYPE_URL, &policies, &[]);
@@ -273,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_ends_between_the_types_removes_nothing() {
-        let mut held = Held::new("", None);
+        let mut held = held();
         let policies: Vec<Change> = (0..300).map(|i| policy(&format!("p{i}"))).collect();
         accept(&mut held, AUTHORIZATION_TYPE_URL, &policies, &[]);
         accept(&mut held, ADDRESS_TYPE_URL, &[workload("a")], &[]);
@@ -285,5 +340,124 @@ mod tests {
         held.opening(ADDRESS_TYPE_URL);
         accept(&mut held, ADDRESS_TYPE_URL, &[], &[]);
         assert_eq!(names(&held).len(), 301);
+    }
+
+    /// A policy with a field that this version does not know, behind those that it knows.
+    fn newer_policy(name: &str, scope: proto::Scope) -> Resource {
+        let (namespace, short) = name.split_once('/').expect("namespace/name");
+        let known = proto::Authorization {
+            name: short.to_owned(),
+            namespace: namespace.to_owned(),
+            scope: scope.into(),
+            ..Default::default()
+        };
+        // Field 99, a number.
+        raw_policy(name, [&known.encode_to_vec()[..], &[0x98, 0x06, 0x01]].concat())
+    }
+
+    fn raw_policy(name: &str, value: Vec<u8>) -> Resource {
+        let resource = Some(prost_types::Any { type_url: AUTHORIZATION_TYPE_URL.to_owned(), value });
+        Resource { name: name.to_owned(), version: "2".to_owned(), resource, ..Default::default() }
+    }
+
+    fn refuse(held: &mut Held, resource: Resource) {
+        let response = DeltaDiscoveryResponse {
+            type_url: AUTHORIZATION_TYPE_URL.to_owned(),
+            resources: vec![resource],
+            ..Default::default()
+        };
+        let accepted = held.accept(response);
+        assert_eq!((accepted.refused, accepted.answer.error_detail.is_some()), (1, true));
+    }
+
+    /// What is said to a client of the mesh, by workload of `ns`, `other` and `names-it`, which names the policy `ns/p`.
+    fn verdicts(held: &Held) -> [&'static str; 3] {
+        [("ns", vec![]), ("other", vec![]), ("ns", vec!["ns/p"])].map(|(namespace, policies)| {
+            let workload = mesh_api::proto::workload::Workload {
+                uid: "c//Pod/x".to_owned(),
+                name: "x".to_owned(),
+                namespace: namespace.to_owned(),
+                authorization_policies: policies.into_iter().map(str::to_owned).collect(),
+                ..Default::default()
+            };
+            let workload = wds::workload_from_proto(&workload).expect("a workload");
+            let flow = InboundFlow {
+                client: Some(workload.identity.clone()),
+                source: "10.0.0.1".parse().expect("an address"),
+                destination: "10.0.0.2:80".parse().expect("an address"),
+            };
+            match authorize(&held.snapshot, &workload, &flow) {
+                Verdict::Allow(_) => "allow",
+                Verdict::Deny(Refusal::Denied(_)) => "denied",
+                Verdict::Deny(Refusal::PolicyMissing(_)) => "missing",
+                Verdict::Deny(other) => panic!("{other:?}"),
+            }
+        })
+    }
+
+    #[test]
+    fn a_new_policy_that_cannot_be_understood_denies_all_whom_it_may_concern() {
+        let check = |resource: Resource, expected: [&str; 3]| {
+            let mut held = held();
+            refuse(&mut held, resource.clone());
+            assert_eq!(verdicts(&held), expected, "{resource:?}");
+        };
+        check(newer_policy("ns/p", proto::Scope::Namespace), ["denied", "allow", "denied"]);
+        check(newer_policy("ns/p", proto::Scope::Global), ["denied", "denied", "denied"]);
+        check(newer_policy("ns/p", proto::Scope::WorkloadSelector), ["allow", "allow", "missing"]);
+        // Not even whom it concerns can be read: its name says where it applies.
+        check(raw_policy("ns/p", vec![0xff]), ["denied", "allow", "denied"]);
+        check(raw_policy("root/p", vec![0xff]), ["denied", "denied", "denied"]);
+        check(raw_policy("p", vec![0xff]), ["denied", "denied", "denied"]);
+        check(Resource { resource: None, ..raw_policy("ns/p", vec![]) }, ["denied", "allow", "denied"]);
+    }
+
+    #[test]
+    fn what_stands_for_a_refused_policy_ends_with_a_good_version_or_a_removal() {
+        for name in ["ns/p", "root/p", "p"] {
+            let mut held = held();
+            refuse(&mut held, raw_policy(name, vec![0xff]));
+            refuse(&mut held, raw_policy(name, vec![0xfe]));
+            assert_eq!(verdicts(&held)[0], "denied", "{name}");
+            // A new stream asks for it again, and would be told of its removal.
+            let request = held.opening(AUTHORIZATION_TYPE_URL);
+            assert_eq!(request.initial_resource_versions.get(name).map(String::as_str), Some(REFUSED_VERSION));
+            accept(&mut held, AUTHORIZATION_TYPE_URL, &[], &[name]);
+            assert_eq!(verdicts(&held), ["allow", "allow", "missing"], "{name}");
+            assert!(held.opening(AUTHORIZATION_TYPE_URL).initial_resource_versions.is_empty());
+        }
+        let mut held = held();
+        refuse(&mut held, newer_policy("ns/p", proto::Scope::Namespace));
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &[policy("p")], &[]);
+        assert_eq!(verdicts(&held), ["allow"; 3]);
+    }
+
+    #[test]
+    fn a_refused_version_leaves_the_good_one_before_it() {
+        let mut held = held();
+        accept(&mut held, AUTHORIZATION_TYPE_URL, &[policy("p")], &[]);
+        refuse(&mut held, newer_policy("ns/p", proto::Scope::Namespace));
+        refuse(&mut held, raw_policy("ns/p", vec![0xff]));
+        assert_eq!(verdicts(&held), ["allow"; 3]);
+    }
+
+    #[test]
+    fn what_stands_for_a_refused_policy_is_stored() {
+        let mut held = held();
+        refuse(&mut held, newer_policy("ns/p", proto::Scope::Namespace));
+        let dir = std::env::temp_dir().join(format!("mesh-node-held-{}", std::process::id()));
+        std::fs::create_dir(&dir).expect("a fresh name");
+        crate::snapshot_store::save(&dir, &held.snapshot, &held.versions).expect("saves");
+        let stored = crate::snapshot_store::load(&dir);
+        std::fs::remove_dir_all(&dir).expect("its own");
+        let mut again = Held::new("", "root".into(), stored.expect("loads"));
+        assert_eq!(verdicts(&again)[0], "denied");
+        // Refused again beside the removal of what was stored, as a name of another form leads to.
+        let mut both = response(AUTHORIZATION_TYPE_URL, &[], &["ns/p"]);
+        both.resources.push(raw_policy("ns/p", vec![0xff]));
+        again.accept(both);
+        assert_eq!(verdicts(&again)[0], "denied");
+        accept(&mut again, AUTHORIZATION_TYPE_URL, &[], &["ns/p"]);
+        assert_eq!(verdicts(&again)[0], "allow");
     }
 }
