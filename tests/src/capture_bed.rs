@@ -37,6 +37,13 @@ pub const PEER_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The other end's addresses.
 pub const PEER_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
 
+/// The workload's addresses on [`Bed::add_link`].
+pub const LATE_POD_V4: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
+/// The workload's addresses on [`Bed::add_link`].
+pub const LATE_POD_V6: Ipv6Addr = Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 2);
+const LATE_PEER_V4: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
+const LATE_PEER_V6: Ipv6Addr = Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 1);
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A workload's namespace `pod`, a namespace `peer` at the other end of its link, and cgroups.
@@ -199,6 +206,19 @@ impl Bed {
     /// One more namespace, without links.
     pub fn another(&self, name: &str) -> Netns {
         Netns::create(format!("{}-{name}", self.name))
+    }
+
+    /// One more link between `pod` and `peer`, `late0` at both ends, with an index of the test's choice in `pod`.
+    pub fn add_link(&self, index: u32) {
+        let link =
+            ["link", "add", "late0", "index", &index.to_string(), "type", "veth", "peer", "name", "late0", "netns"];
+        self.pod.ip(&[&link[..], &[&self.peer.name]].concat());
+        self.peer.ip(&["link", "set", "late0", "up"]);
+        self.pod.ip(&["link", "set", "late0", "up"]);
+        for (netns, v4, v6) in [(&self.pod, LATE_POD_V4, LATE_POD_V6), (&self.peer, LATE_PEER_V4, LATE_PEER_V6)] {
+            netns.ip(&["addr", "add", &format!("{v4}/24"), "dev", "late0"]);
+            netns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "late0", "nodad"]);
+        }
     }
 
     /// Where pins go.

@@ -81,6 +81,7 @@ impl Capture {
                 known += self.note_preexisting(&sockets()?)?;
             }
             let found = context(interfaces(), || format!("list interfaces of {uid}"))?;
+            tc::prune(&directory, &found)?;
             let ends = self.guard(programs, &directory, &found)?;
             if first_time {
                 let after = sockets()?;

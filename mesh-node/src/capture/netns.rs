@@ -61,11 +61,14 @@ pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
     let mut found = Vec::new();
     for entry in &nix::net::if_::if_nameindex()? {
         let name = entry.name().to_string_lossy().into_owned();
-        let link_layer = match hardware_type(&probe, &name)? {
-            ARPHRD_LOOPBACK => continue,
-            ARPHRD_ETHER => LinkLayer::Ethernet,
+        let link_layer = match hardware_type(&probe, &name) {
+            Ok(ARPHRD_LOOPBACK) => continue,
+            Ok(ARPHRD_ETHER) => LinkLayer::Ethernet,
             // Tunnels and raw IP devices; what is not IP on them, the program drops.
-            _ => LinkLayer::None,
+            Ok(_) => LinkLayer::None,
+            // It went, or got another name, since it was listed.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => continue,
+            Err(error) => return Err(error),
         };
         found.push(Interface { index: entry.index(), name, link_layer });
     }

@@ -7,6 +7,7 @@
 //! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
 //! <bpffs>/v1/workloads/<cookie>/<ifindex>_tc_host_ingress   the same, attached to the node's ends of its links
 //! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
+//! <bpffs>/v1/workloads/<cookie>/moved_<link>_<program>      tcx links of interfaces that are elsewhere now
 //! ```
 
 use std::io;
@@ -16,6 +17,8 @@ use mesh_ebpf_common::LAYOUT_VERSION;
 
 /// The file that pins a workload's `sk_lookup` link; its presence says that enrolment came to its end once.
 pub(super) const LOOKUP: &str = "lookup";
+/// Begins the name of a pinned link that went with its interface into another namespace, and whose name another has.
+pub(super) const MOVED: &str = "moved_";
 /// Ends the name of a pinned program that a clsact filter runs.
 pub(super) const CLSACT_SUFFIX: &str = "_clsact";
 

@@ -10,7 +10,7 @@ use aya::{Ebpf, EbpfLoader};
 use mesh_ebpf_common::maps;
 
 use super::error::{CaptureError, context};
-use super::pins::{InterfacePin, LOOKUP, Pins, entries};
+use super::pins::{InterfacePin, LOOKUP, MOVED, Pins, entries};
 use super::sys::{self, AttachType, Target};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -129,6 +129,7 @@ fn program_of(file_name: &str) -> Option<&'static str> {
     if file_name == LOOKUP {
         return Some(LOOKUP_PROGRAM);
     }
+    let file_name = file_name.strip_prefix(MOVED).unwrap_or(file_name);
     InterfacePin::parse(file_name, &INTERFACE_PROGRAMS).filter(|pin| !pin.clsact).map(|pin| pin.program)
 }
 

@@ -130,8 +130,10 @@ struct QueryAttr {
     query_flags: u32,
     attach_flags: u32,
     prog_ids: u64,
-    prog_count: u32,
+    count: u32,
     pad: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
 }
 
 /// The head of `struct bpf_link_info`.
@@ -258,7 +260,7 @@ pub(super) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     descriptor(bpf(BPF_PROG_GET_FD_BY_ID, &mut IdAttr { id, ..IdAttr::default() })?)
 }
 
-/// Programs that a cgroup reports at one place, however many more there are.
+/// Programs that a cgroup or an interface reports at one place, however many more there are.
 const MAX_QUERIED: usize = 64;
 
 /// Ids of the programs that are attached to a cgroup at one place.
@@ -268,12 +270,29 @@ pub(super) fn attached(cgroup: BorrowedFd<'_>, kind: AttachType) -> io::Result<V
         target_fd: raw(cgroup),
         attach_type: kind as u32,
         prog_ids: ids.as_mut_ptr() as u64,
-        prog_count: u32::try_from(ids.len()).map_err(io::Error::other)?,
+        count: u32::try_from(ids.len()).map_err(io::Error::other)?,
         ..QueryAttr::default()
     };
     bpf(BPF_PROG_QUERY, &mut attr)?;
-    let count = usize::try_from(attr.prog_count).unwrap_or_default().min(ids.len());
+    let count = usize::try_from(attr.count).unwrap_or_default().min(ids.len());
     Ok(ids[..count].to_vec())
+}
+
+/// Ids of the tcx links at one place of an interface of the calling thread's namespace; 0 for what is attached without
+/// a link.
+pub(super) fn links_at(interface: u32, kind: AttachType) -> io::Result<Vec<u32>> {
+    let (mut programs, mut links) = ([0_u32; MAX_QUERIED], [0_u32; MAX_QUERIED]);
+    let mut attr = QueryAttr {
+        target_fd: interface,
+        attach_type: kind as u32,
+        prog_ids: programs.as_mut_ptr() as u64,
+        count: u32::try_from(links.len()).map_err(io::Error::other)?,
+        link_ids: links.as_mut_ptr() as u64,
+        ..QueryAttr::default()
+    };
+    absent_is_none(bpf(BPF_PROG_QUERY, &mut attr))?;
+    let count = usize::try_from(attr.count).unwrap_or_default().min(links.len());
+    Ok(links[..count].to_vec())
 }
 
 fn element<K: Plain>(map: BorrowedFd<'_>, key: &K, value: u64, flags: u64) -> ElementAttr {

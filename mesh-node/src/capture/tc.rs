@@ -11,8 +11,10 @@ use aya::programs::{Program, SchedClassifier, TcAttachType};
 use super::TcMode;
 use super::error::{CaptureError, context};
 use super::netns::{Interface, LinkLayer};
-use super::pins::InterfacePin;
-use super::programs::{EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM, INGRESS_PROGRAM, Programs, existing_link};
+use super::pins::{InterfacePin, MOVED, entries};
+use super::programs::{
+    EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM, INGRESS_PROGRAM, INTERFACE_PROGRAMS, Programs, existing_link,
+};
 use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
 
 /// Our filter's place among clsact filters: first, and always the same, so that the next version replaces it.
@@ -100,12 +102,12 @@ fn attach_tcx(programs: &Programs, place: &Place<'_>, kind: AttachType) -> Resul
     let what = || place.describe();
     let program = programs.fd(place.program)?;
     if let Some(link) = existing_link(&pin)? {
-        if context(sys::link_info(link.as_fd()), what)?.target & u64::from(u32::MAX) != 0 {
+        let info = context(sys::link_info(link.as_fd()), what)?;
+        if context(sys::links_at(place.interface.index, kind), what)?.contains(&info.id) {
             context(sys::update_link(link.as_fd(), program), what)?;
             return Ok(true);
         }
-        // The interface that had this index is gone.
-        context(std::fs::remove_file(&pin), what)?;
+        context(put_aside(&pin, place.program, &info), what)?;
     }
     let link = match sys::link(program, Target::Interface(place.interface.index), kind, BPF_F_BEFORE) {
         Ok(link) => link,
@@ -117,31 +119,74 @@ fn attach_tcx(programs: &Programs, place: &Place<'_>, kind: AttachType) -> Resul
     Ok(true)
 }
 
+/// The pin of another interface that had this index. One that lives on in another namespace keeps its program.
+fn put_aside(pin: &Path, program: &str, link: &sys::LinkInfo) -> io::Result<()> {
+    if is_detached(link) {
+        return std::fs::remove_file(pin);
+    }
+    std::fs::rename(pin, pin.with_file_name(format!("{MOVED}{}_{program}", link.id)))
+}
+
+/// Whether the interface of a tcx link is gone.
+fn is_detached(link: &sys::LinkInfo) -> bool {
+    link.target & u64::from(u32::MAX) == 0
+}
+
+/// Removes pins of interfaces that are gone: a workload may make and delete as many as it likes.
+pub(super) fn prune(directory: &Path, present: &[Interface]) -> Result<(), CaptureError> {
+    let what = || format!("remove what is left in {}", directory.display());
+    for path in context(entries(directory), what)? {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let moved = name.strip_prefix(MOVED);
+        let Some(pin) = InterfacePin::parse(moved.unwrap_or(name), &INTERFACE_PROGRAMS) else { continue };
+        let gone = if pin.clsact {
+            // The node's ends have indices of another namespace.
+            pin.program != HOST_PROGRAM && !present.iter().any(|interface| interface.index == pin.index)
+        } else {
+            let Some(link) = existing_link(&path)? else { continue };
+            is_detached(&context(sys::link_info(link.as_fd()), what)?)
+        };
+        if gone {
+            context(std::fs::remove_file(&path), what)?;
+        }
+    }
+    Ok(())
+}
+
 /// The filter holds the program; the pin beside it says that the filter is ours.
 fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType) -> Result<(), CaptureError> {
     let pin = place.pin(true);
     let what = || place.describe();
     let name = &place.interface.name;
-    let replace = pin.exists();
-    if !replace {
-        // A qdisc that is already there is as good; if this failed otherwise, the filter's error says more.
-        let _already_there = qdisc_add_clsact(name);
-    }
     let classifier = classifier(&mut programs.object, place.program)?;
-    let attached = if replace {
-        SchedClassifierLink::attached(name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)
-            .map_err(io::Error::other)
-            .and_then(|link| classifier.attach_to_link(link).map_err(io::Error::other))
-    } else {
-        let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
-        classifier.attach_with_options(name, kind, TcAttachOptions::Netlink(options)).map_err(io::Error::other)
+    // The filter may be gone with its interface, or taken away by root of the workload.
+    let replaced = if pin.exists() { replace_filter(classifier, name, kind).ok() } else { None };
+    let link = match replaced {
+        Some(link) => link,
+        None => context(create_filter(classifier, name, kind), what)?,
     };
-    let link = context(attached.and_then(|id| classifier.take_link(id).map_err(io::Error::other)), what)?;
     // Dropping the link would detach the filter, which has to outlive this process.
     std::mem::forget(link);
     let temporary = pin.with_file_name("new");
+    // A process that ended here left it.
+    let _absent = std::fs::remove_file(&temporary);
     let pinned = sys::pin(programs.fd(place.program)?, &temporary).and_then(|()| std::fs::rename(&temporary, &pin));
     context(pinned, what)
+}
+
+fn replace_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType) -> io::Result<SchedClassifierLink> {
+    let link = SchedClassifierLink::attached(name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
+    let id = program.attach_to_link(link).map_err(io::Error::other)?;
+    program.take_link(id).map_err(io::Error::other)
+}
+
+fn create_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType) -> io::Result<SchedClassifierLink> {
+    // A qdisc that is already there is as good; if this failed otherwise, the filter's error says more.
+    let _already_there = qdisc_add_clsact(name);
+    let options =
+        TcAttachOptions::Netlink(NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None });
+    let id = program.attach_with_options(name, kind, options).map_err(io::Error::other)?;
+    program.take_link(id).map_err(io::Error::other)
 }
 
 /// Removes a clsact filter; one that the workload removed itself is fine. Called in the interface's namespace.
