@@ -48,3 +48,14 @@ fn pins_of_interfaces_that_are_gone_do_not_pile_up() {
         assert_eq!(mesh.capture.programs_attached().unwrap().len(), before);
     }
 }
+
+/// An `ingress` discipline takes both filters, and runs them on what comes in.
+#[test]
+fn something_else_in_the_place_of_clsact_is_an_error() {
+    let mesh = Mesh::with(Bed::capture_by_clsact);
+    mesh.bed.add_link(100);
+    mesh.bed.pod.tc(&["qdisc", "add", "dev", "late0", "ingress"]);
+    let listeners = mesh.proxy().listeners();
+    let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    mesh.capture.enroll(&mesh.bed.request(&fds)).expect_err("late0 cannot be guarded");
+}

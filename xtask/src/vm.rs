@@ -31,7 +31,7 @@ const SUITE: &str = "capture";
 const MODULES: [&str; 9] =
     ["veth", "bridge", "dummy", "sch_ingress", "cls_bpf", "act_bpf", "inet_diag", "tcp_diag", "af_packet_diag"];
 /// What tests call beside busybox.
-const PROGRAMS: [&str; 1] = ["ip"];
+const PROGRAMS: [&str; 2] = ["ip", "tc"];
 /// The last line of the machine, before the exit code.
 const EXIT_MARK: &str = "machine: tests ended with ";
 const MEMORY_MIB: &str = "2048";

@@ -5,11 +5,14 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use aya::Ebpf;
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{Program, SchedClassifier, TcAttachType};
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
 
 use super::TcMode;
 use super::error::{CaptureError, context};
+use super::netlink::{errno_of, with_netlink};
 use super::netns::{Interface, LinkLayer};
 use super::pins::{InterfacePin, MOVED, entries};
 use super::programs::{
@@ -19,7 +22,7 @@ use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
 
 /// Our filter's place among clsact filters: first, and always the same, so that the next version replaces it.
 const CLSACT_PRIORITY: u16 = 1;
-const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
+const CLSACT_HANDLE: tc::TcHandle = tc::TcHandle::new(0, 1);
 
 /// Both programs of a workload's interface. Called in its namespace.
 pub(super) fn attach(
@@ -158,6 +161,7 @@ fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType)
     let pin = place.pin(true);
     let what = || place.describe();
     let name = &place.interface.name;
+    context(require_clsact(place.interface), what)?;
     let classifier = classifier(&mut programs.object, place.program)?;
     // The filter may be gone with its interface, or taken away by root of the workload.
     let replaced = if pin.exists() { replace_filter(classifier, name, kind).ok() } else { None };
@@ -181,12 +185,33 @@ fn replace_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType)
 }
 
 fn create_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType) -> io::Result<SchedClassifierLink> {
-    // A qdisc that is already there is as good; if this failed otherwise, the filter's error says more.
-    let _already_there = qdisc_add_clsact(name);
     let options =
         TcAttachOptions::Netlink(NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None });
     let id = program.attach_with_options(name, kind, options).map_err(io::Error::other)?;
     program.take_link(id).map_err(io::Error::other)
+}
+
+/// Sees to it that there is a clsact. Its older kin, `ingress`, takes filters of both directions and runs them all on
+/// what comes in.
+fn require_clsact(interface: &Interface) -> io::Result<()> {
+    let index = interface.index.cast_signed();
+    let kind = with_netlink(|handle| async move {
+        let mut all = handle.qdisc().get().index(index).execute();
+        while let Some(qdisc) = all.try_next().await.map_err(errno_of)? {
+            if qdisc.header.index == index && qdisc.header.parent == TcHandle::CLSACT {
+                return Ok(qdisc.attributes.into_iter().find_map(|attribute| match attribute {
+                    TcAttribute::Kind(kind) => Some(kind),
+                    _ => None,
+                }));
+            }
+        }
+        Ok(None)
+    })?;
+    match kind.as_deref() {
+        None => qdisc_add_clsact(&interface.name).map_err(io::Error::other),
+        Some("clsact") => Ok(()),
+        Some(other) => Err(io::Error::other(format!("its queueing discipline {other} is in the place of clsact"))),
+    }
 }
 
 /// Removes a clsact filter; one that the workload removed itself is fine. Called in the interface's namespace.
@@ -199,13 +224,13 @@ pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<
     // Dropping detaches, but would hide the error.
     match aya::programs::links::Link::detach(link) {
         // No such filter, or (`EINVAL`) no clsact to have it.
-        Err(error) if matches!(errno_of(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
+        Err(error) if matches!(cause_of(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
         result => result.map_err(io::Error::other),
     }
 }
 
 /// The system call's error among the causes.
-fn errno_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+fn cause_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>() {
