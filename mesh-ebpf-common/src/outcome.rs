@@ -88,7 +88,7 @@ macro_rules! reasons {
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 36;
+pub const REASONS: usize = 37;
 
 reasons! {
     Unknown = 0, "unknown", Drop, "An outcome that the program did not expect.";
@@ -127,6 +127,7 @@ reasons! {
     NoSocket = 33, "no_socket", Drop, "TCP that belongs to no socket.";
     LookupAssigned = 34, "lookup_assigned", Proxy, "sk_lookup chose the proxy's listener.";
     LookupRefused = 35, "lookup_refused", Refuse, "sk_lookup refused a noted segment.";
+    UnguardedInterface = 36, "unguarded_interface", Refuse, "A new connection came by an interface that has no guard yet.";
 }
 
 impl Reason {
@@ -158,7 +159,7 @@ mod tests {
         for (i, hook) in Hook::ALL.iter().enumerate() {
             assert_eq!(*hook as usize, i, "{}", hook.name());
         }
-        assert_eq!(counter_index(Hook::HostIngress, Reason::LookupRefused) as usize, COUNTERS - 1);
+        assert_eq!(counter_index(Hook::HostIngress, Reason::ALL[REASONS - 1]) as usize, COUNTERS - 1);
     }
 
     #[test]

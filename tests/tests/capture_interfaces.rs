@@ -1,14 +1,20 @@
 //! Interfaces of a workload that come, go and move after its enrolment.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 
+use mesh_ebpf_common::outcome::{Hook, Reason};
 use mesh_tests::capture_bed::proxy::{Mesh, application};
-use mesh_tests::capture_bed::{Bed, Group, LATE_POD_V4, counts, read_line};
+use mesh_tests::capture_bed::tcp::connect;
+use mesh_tests::capture_bed::{
+    Bed, Group, LATE_POD_V4, LATE_POD_V6, PATIENCE, POD_V4, POD_V6, counts, eventually, read_line,
+};
 
+const PORT: u16 = 8090;
 /// The workload's application on the late link.
-const APP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(LATE_POD_V4), 8090);
+const APP: SocketAddr = SocketAddr::new(IpAddr::V4(LATE_POD_V4), PORT);
 
 /// What the proxy asks for when something changed.
 fn renew(mesh: &Mesh) {
@@ -49,13 +55,70 @@ fn pins_of_interfaces_that_are_gone_do_not_pile_up() {
     }
 }
 
-/// An `ingress` discipline takes both filters, and runs them on what comes in.
+/// From its first moment, and whoever is there to notice it.
 #[test]
-fn something_else_in_the_place_of_clsact_is_an_error() {
-    let mesh = Mesh::with(Bed::capture_by_clsact);
+fn no_connection_comes_by_an_interface_that_nobody_guards() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mesh = Mesh::with(open);
+        let addresses: [IpAddr; 4] = [POD_V4.into(), POD_V6.into(), LATE_POD_V4.into(), LATE_POD_V6.into()];
+        let everywhere = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)];
+        let app = application(&mesh.bed, &mesh.bed.pod, Group::App, &everywhere.map(|ip| SocketAddr::new(ip, PORT)));
+        mesh.bed.add_link(100);
+        // The workload's other addresses can be reached by this link, too.
+        mesh.bed.peer.ip(&["route", "add", &format!("{POD_V4}/32"), "via", &LATE_POD_V4.to_string()]);
+        mesh.bed.peer.ip(&["-6", "route", "add", &format!("{POD_V6}/128"), "via", &LATE_POD_V6.to_string()]);
+        for cookies in ["1", "2"] {
+            mesh.bed.pod.sysctl("ipv4/tcp_syncookies", cookies);
+            for ip in addresses {
+                let before = mesh.count(Hook::Lookup, Reason::UnguardedInterface);
+                let error = mesh.call(SocketAddr::new(ip, PORT)).expect_err("a connection around the mesh");
+                assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{ip}: {error}");
+                assert!(mesh.count(Hook::Lookup, Reason::UnguardedInterface) > before, "{}", counts(&mesh.capture));
+            }
+        }
+        assert_eq!(app.accepted(), 0);
+        renew(&mesh);
+        for ip in addresses {
+            let mut stream = mesh.call(SocketAddr::new(ip, PORT)).expect("a connection by the mesh");
+            let line = read_line(&mut stream).unwrap();
+            assert!(line.starts_with("in 15006 "), "{ip}: {line}");
+        }
+        assert_eq!(app.accepted(), 0);
+    }
+}
+
+/// What the proxy and the workload itself connect to inside, at any address that a guarded interface or loopback has.
+#[test]
+fn the_gate_is_open_inside() {
+    let mesh = Mesh::new();
+    let inside: [IpAddr; 4] = [POD_V4.into(), POD_V6.into(), Ipv4Addr::LOCALHOST.into(), "::1".parse().unwrap()];
+    let addresses = inside.map(|ip| SocketAddr::new(ip, PORT));
+    let app = application(&mesh.bed, &mesh.bed.pod, Group::App, &addresses);
     mesh.bed.add_link(100);
+    for (done, address) in (1..).zip(addresses) {
+        let socket = mesh.bed.tcp(&mesh.bed.pod, Group::Proxy, address.is_ipv6());
+        let mut stream = connect(socket, address, PATIENCE).unwrap_or_else(|e| panic!("{address}: {e}"));
+        assert_eq!(read_line(&mut stream).unwrap(), "app", "{address}");
+        eventually("it is accepted", || app.accepted() == done);
+    }
+    assert_eq!(mesh.count(Hook::Lookup, Reason::UnguardedInterface), 0, "{}", counts(&mesh.capture));
+}
+
+/// One interface that cannot be guarded leaves the others guarded, and is closed.
+#[test]
+fn an_interface_that_cannot_be_guarded_is_shut() {
+    let mesh = Mesh::with(Bed::capture_by_clsact);
+    let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT);
+    let app = application(&mesh.bed, &mesh.bed.pod, Group::App, &[everywhere]);
+    mesh.bed.add_link(100);
+    // Something else in the place of clsact, without a hook for what leaves.
     mesh.bed.pod.tc(&["qdisc", "add", "dev", "late0", "ingress"]);
     let listeners = mesh.proxy().listeners();
     let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
     mesh.capture.enroll(&mesh.bed.request(&fds)).expect_err("late0 cannot be guarded");
+    let error = mesh.call(APP).expect_err("a connection around the mesh");
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+    let mut stream = mesh.call(SocketAddr::new(POD_V4.into(), PORT)).expect("by eth0");
+    assert!(read_line(&mut stream).unwrap().starts_with("in 15006 "));
+    assert_eq!(app.accepted(), 0);
 }

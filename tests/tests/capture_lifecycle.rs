@@ -108,7 +108,7 @@ fn cleanup_leaves_nothing_and_says_what_it_removed() {
         mesh.proxy.take().expect("runs").stop();
         let ids = program_ids(&mesh.capture);
         let removed = mesh.bed.cleanup().unwrap();
-        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "v1"] {
+        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "gate", "v2"] {
             assert!(removed.iter().any(|line| line.contains(part)), "{part} is not in {removed:#?}");
         }
         // The kernel puts two files of its own into every such file system.
@@ -224,7 +224,8 @@ fn the_programs_can_be_inspected() {
     let mesh = Mesh::new();
     let rows = mesh.capture.programs_attached().unwrap();
     let cgroup = format!("cgroup {}", std::fs::metadata(mesh.bed.pods_cgroup()).unwrap().ino());
-    for (name, target) in [("connect4", &*cgroup), ("connect6", &*cgroup), ("sock_ops", &*cgroup), ("lookup", "netns")]
+    for (name, target) in
+        [("connect4", &*cgroup), ("connect6", &*cgroup), ("sock_ops", &*cgroup), ("lookup", "netns"), ("gate", "netns")]
     {
         let row = rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("{name} is not in {rows:?}"));
         assert!(row.attached_to.starts_with(target) && row.id > 0 && row.tag.len() == 16, "{row:?}");

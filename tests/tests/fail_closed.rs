@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use mesh_api::admin::{BpfState, CertificateRow, ControllerStatus};
 use mesh_core::snapshot::{Change, Snapshot};
 use mesh_ctl::sandbox::{Part, Service, Topology, Workload};
+use mesh_ebpf_common::LAYOUT_VERSION;
 use mesh_ebpf_common::maps::{CAPTURED, MAX_CAPTURED};
 use mesh_node::snapshot_store;
 use mesh_tests::bpf_map::BpfMap;
@@ -83,7 +84,8 @@ fn a_full_map_refuses_counts_and_reports() {
     let bed = MeshBed::up("full", two_nodes());
     let far = bed.address("far");
     bed.stream("client", far).wait("traffic", Attempt::is_ok);
-    let map = BpfMap::open(&bed.sandbox.layout.bpf().join("node-a/v1/maps").join(CAPTURED)).unwrap();
+    let map =
+        BpfMap::open(&bed.sandbox.layout.bpf().join(format!("node-a/v{LAYOUT_VERSION}/maps")).join(CAPTURED)).unwrap();
     // The address comes first in the key; a namespace 0 is nobody's.
     let key = |n: usize| [&u64::try_from(n).unwrap().to_ne_bytes()[..], &[0; 24]].concat();
     let filled = (0..=MAX_CAPTURED).take_while(|n| map.put(&key(*n), &[0; 32]).is_ok()).count();

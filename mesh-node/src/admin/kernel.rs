@@ -103,7 +103,7 @@ fn plain_name(pin: &str) -> &str {
 
 fn hook(program: &str) -> String {
     match program {
-        "lookup" => "sk_lookup".to_owned(),
+        "lookup" | "gate" => "sk_lookup".to_owned(),
         "tc_ingress" => "tc/ingress".to_owned(),
         egress if egress.starts_with("tc_egress") => "tc/egress".to_owned(),
         cgroup => format!("cgroup/{cgroup}"),
@@ -143,6 +143,7 @@ mod tests {
             ("17_tc_egress_l2", "tc_egress_l2", "tc/egress"),
             ("2_tc_ingress_clsact", "tc_ingress", "tc/ingress"),
             ("lookup", "lookup", "sk_lookup"),
+            ("gate", "gate", "sk_lookup"),
         ] {
             assert_eq!((plain_name(pin), hook(plain_name(pin)).as_str()), (name, at), "{pin}");
         }

@@ -11,8 +11,8 @@ use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::error::{CaptureError, context};
-use super::netns::{Interface, in_netns, interfaces, merges_received, netns_cookie};
-use super::node_end::node_end;
+use super::guard::Place;
+use super::netns::{Interface, in_netns, interfaces, netns_cookie};
 use super::pins::{InterfacePin, LOOKUP, entries};
 use super::programs::{HOST_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link};
 use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
@@ -80,9 +80,7 @@ impl Capture {
             if first_time {
                 known += self.note_preexisting(&sockets()?)?;
             }
-            let found = context(interfaces(), || format!("list interfaces of {uid}"))?;
-            tc::prune(&directory, &found)?;
-            let ends = self.guard(programs, &directory, &found)?;
+            let (found, ends) = self.guard(programs, &Place { uid, netns: request.netns, directory: &directory })?;
             if first_time {
                 let after = sockets()?;
                 known = known.max(self.note_preexisting(&after)?);
@@ -99,36 +97,6 @@ impl Capture {
             context(inside, || format!("enter the network namespace of {uid}"))??;
         self.attach_lookup(&guard, &directory, request)?;
         Ok(Enrollment { cookie, interfaces, node_ends, preexisting })
-    }
-
-    /// Attaches to the interfaces of the calling thread's namespace and to the node's ends of their links. Returns these.
-    fn guard(
-        &self,
-        programs: &mut Programs,
-        directory: &Path,
-        interfaces: &[Interface],
-    ) -> Result<Vec<Interface>, CaptureError> {
-        let mut ends = Vec::new();
-        for interface in interfaces {
-            tc::attach(programs, self.tc, directory, interface)?;
-            let what = || format!("find the node's end of interface {}", interface.name);
-            let Some(end) = context(node_end(interface, self.node.as_fd()), what)? else { continue };
-            let attach = || -> Result<bool, CaptureError> {
-                // What is merged has lost its socket (`skb_prepare_for_gro`, Linux 5.14): nothing would get through.
-                if context(merges_received(&end.name), what)? {
-                    context(tc::detach_node_end(directory, &end), what)?;
-                    return Ok(false);
-                }
-                tc::attach_node_end(programs, self.tc, directory, &end)?;
-                Ok(true)
-            };
-            if context(in_netns(self.node.as_fd(), attach), what)?? {
-                ends.push(end);
-            } else {
-                tracing::warn!(interface = %end.name, "not guarded at the node's end: switch its GRO off");
-            }
-        }
-        Ok(ends)
     }
 
     /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and

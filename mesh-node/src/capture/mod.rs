@@ -12,6 +12,8 @@ mod cleanup;
 mod enroll;
 mod error;
 mod events;
+mod gate;
+mod guard;
 mod inner_route;
 mod inspect;
 mod netlink;
@@ -60,7 +62,7 @@ pub enum TcMode {
 /// What the loader needs to know.
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {
-    /// A directory on a BPF file system; pins go to `v1/` below it.
+    /// A directory on a BPF file system; pins go to `v2/` below it.
     pub bpffs: PathBuf,
     /// The cgroup v2 directory above all workloads.
     pub pods_cgroup: PathBuf,

@@ -1,13 +1,14 @@
 //! Where everything is pinned, below the versioned directory.
 //!
 //! ```text
-//! <bpffs>/v1/maps/<MAP>
-//! <bpffs>/v1/links/<program>                        attached to the workloads' cgroup
-//! <bpffs>/v1/workloads/<cookie>/lookup              attached to the workload's namespace
-//! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
-//! <bpffs>/v1/workloads/<cookie>/<ifindex>_tc_host_ingress   the same, attached to the node's ends of its links
-//! <bpffs>/v1/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
-//! <bpffs>/v1/workloads/<cookie>/moved_<link>_<program>      tcx links of interfaces that are elsewhere now
+//! <bpffs>/v2/maps/<MAP>
+//! <bpffs>/v2/links/<program>                        attached to the workloads' cgroup
+//! <bpffs>/v2/workloads/<cookie>/lookup              attached to the workload's namespace
+//! <bpffs>/v2/workloads/<cookie>/gate                attached to it, too
+//! <bpffs>/v2/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
+//! <bpffs>/v2/workloads/<cookie>/<ifindex>_tc_host_ingress   the same, attached to the node's ends of its links
+//! <bpffs>/v2/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
+//! <bpffs>/v2/workloads/<cookie>/moved_<link>_<program>      tcx links of interfaces that are elsewhere now
 //! ```
 
 use std::io;
@@ -17,6 +18,8 @@ use mesh_ebpf_common::LAYOUT_VERSION;
 
 /// The file that pins a workload's `sk_lookup` link; its presence says that enrolment came to its end once.
 pub(super) const LOOKUP: &str = "lookup";
+/// The file that pins a workload's gate.
+pub(super) const GATE: &str = "gate";
 /// Begins the name of a pinned link that went with its interface into another namespace, and whose name another has.
 pub(super) const MOVED: &str = "moved_";
 /// Ends the name of a pinned program that a clsact filter runs.
@@ -71,7 +74,7 @@ impl Pins {
     }
 }
 
-/// `v1`
+/// `v2`
 pub(super) fn version_name() -> String {
     format!("v{LAYOUT_VERSION}")
 }

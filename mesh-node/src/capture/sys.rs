@@ -13,6 +13,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
+const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
@@ -83,6 +84,23 @@ struct ObjectAttr {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ProgramAttr {
+    kind: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
 }
 
 #[repr(C)]
@@ -208,6 +226,21 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     let mut attr = ObjectAttr { path: path.as_ptr() as u64, ..ObjectAttr::default() };
     descriptor(bpf(BPF_OBJ_GET, &mut attr)?)
+}
+
+/// Loads an `sk_lookup` program that was put together here.
+pub(super) fn load_lookup(name: [u8; 16], instructions: &[u64]) -> io::Result<OwnedFd> {
+    const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+    let mut attr = ProgramAttr {
+        kind: BPF_PROG_TYPE_SK_LOOKUP,
+        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        name,
+        attach_type: AttachType::SkLookup as u32,
+        ..ProgramAttr::default()
+    };
+    descriptor(bpf(BPF_PROG_LOAD, &mut attr)?)
 }
 
 /// What a link attaches to.

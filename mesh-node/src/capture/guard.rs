@@ -1,0 +1,87 @@
+//! The guard of a workload's interfaces: programs on each of them, and the gate for those that have none.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use super::error::{CaptureError, context};
+use super::netns::{Interface, in_netns, interfaces, merges_received};
+use super::node_end::node_end;
+use super::programs::Programs;
+use super::{Capture, gate, tc};
+
+/// Interfaces of one workload that are guarded; no connection comes in by further ones. A pod has two or three.
+const MAX_INTERFACES: usize = 1024;
+
+/// Interfaces of a workload, and the node's ends of their links.
+pub(super) type Guarded = (Vec<Interface>, Vec<Interface>);
+
+/// A workload's namespace, for what is attached there.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    /// Names it in errors.
+    pub(super) uid: &'a str,
+    pub(super) netns: BorrowedFd<'a>,
+    /// Where its pins are.
+    pub(super) directory: &'a Path,
+}
+
+impl Capture {
+    /// Attaches to all interfaces, and then lets new connections in by these alone. Called in the namespace. Returns them
+    /// and the node's ends of their links that are guarded too.
+    ///
+    /// An interface that cannot be guarded is an error, and stays shut; the others are guarded nevertheless.
+    pub(super) fn guard(&self, programs: &mut Programs, place: &Place<'_>) -> Result<Guarded, CaptureError> {
+        let list = || context(interfaces(), || format!("list interfaces of {}", place.uid));
+        let found = list()?;
+        tc::prune(place.directory, &found)?;
+        let (mut guarded, mut ends, mut failed) = (Vec::with_capacity(found.len()), Vec::new(), Vec::new());
+        for interface in found.into_iter().take(MAX_INTERFACES) {
+            match self.attach(programs, place.directory, &interface) {
+                Ok(end) => {
+                    guarded.push(interface);
+                    ends.extend(end);
+                }
+                Err(error) => failed.push((interface.index, error)),
+            }
+        }
+        let indexes: Vec<u32> = guarded.iter().map(|interface| interface.index).collect();
+        let gate = gate::set(place.directory, place.netns, self.maps.counters.as_fd(), &indexes);
+        context(gate, || format!("set the gate of {}", place.uid))?;
+        if failed.is_empty() {
+            return Ok((guarded, ends));
+        }
+        // One that went while we were at it needs no guard.
+        let present = list()?;
+        match failed.into_iter().find(|(index, _)| present.iter().any(|interface| interface.index == *index)) {
+            Some((_, error)) => Err(error),
+            None => Ok((guarded, ends)),
+        }
+    }
+
+    /// Attaches to an interface, and to the node's end of its link where there is one and it can be guarded: that is
+    /// returned.
+    fn attach(
+        &self,
+        programs: &mut Programs,
+        directory: &Path,
+        interface: &Interface,
+    ) -> Result<Option<Interface>, CaptureError> {
+        tc::attach(programs, self.tc, directory, interface)?;
+        let what = || format!("find the node's end of interface {}", interface.name);
+        let Some(end) = context(node_end(interface, self.node.as_fd()), what)? else { return Ok(None) };
+        let attach = || -> Result<bool, CaptureError> {
+            // What is merged has lost its socket (`skb_prepare_for_gro`, Linux 5.14): nothing would get through.
+            if context(merges_received(&end.name), what)? {
+                context(tc::detach_node_end(directory, &end), what)?;
+                return Ok(false);
+            }
+            tc::attach_node_end(programs, self.tc, directory, &end)?;
+            Ok(true)
+        };
+        if context(in_netns(self.node.as_fd(), attach), what)?? {
+            return Ok(Some(end));
+        }
+        tracing::warn!(interface = %end.name, "not guarded at the node's end: switch its GRO off");
+        Ok(None)
+    }
+}
