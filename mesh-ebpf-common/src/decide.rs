@@ -116,8 +116,13 @@ pub enum Sender {
     Forwarded,
     /// The kernel's control socket for IPv4 replies: raw, in the root cgroup.
     KernelControl,
-    /// A socket of a proxy's cgroup.
+    /// A socket of a proxy's cgroup, and the segment is as the socket made it.
     Proxy,
+    /// A socket of a proxy's cgroup, but the segment has other addresses than the socket: the workload can have address
+    /// translation in its namespace, which would lead the proxy's connections elsewhere, or give them another sender.
+    Rewritten,
+    /// The proxy's connection to the application, which the workload's routes can lead out and back in to the proxy.
+    Inner,
     /// A packet socket.
     Packet,
     /// A raw socket.
@@ -152,6 +157,8 @@ pub const fn egress(sender: Sender, flags: u8, payload: bool) -> Option<Reason> 
     let reply = !payload && flags & (RST | ACK) != 0;
     match sender {
         Sender::Proxy => Some(Reason::ProxySocket),
+        Sender::Rewritten => Some(Reason::Rewritten),
+        Sender::Inner => Some(Reason::InnerConnection),
         Sender::None | Sender::KernelControl if reply => Some(Reason::KernelReply),
         // Even without data it is somebody's: 40 bytes fit into the options of each segment.
         Sender::None | Sender::Forwarded => Some(Reason::NoSocket),
@@ -230,6 +237,9 @@ mod tests {
     fn only_the_proxy_and_the_kernel_speak_tcp() {
         for (name, sender, flags, payload, expected) in [
             ("proxy", Sender::Proxy, SYN, false, Some(Reason::ProxySocket)),
+            ("proxy, led elsewhere", Sender::Rewritten, SYN, false, Some(Reason::Rewritten)),
+            ("reset of the proxy's, led elsewhere", Sender::Rewritten, RST, false, Some(Reason::Rewritten)),
+            ("inner connection", Sender::Inner, ACK, true, Some(Reason::InnerConnection)),
             ("reset", Sender::None, RST, false, Some(Reason::KernelReply)),
             ("reset, control socket", Sender::KernelControl, RST | ACK, false, Some(Reason::KernelReply)),
             ("cookie", Sender::None, SYN | ACK, false, Some(Reason::KernelReply)),

@@ -88,7 +88,7 @@ macro_rules! reasons {
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 37;
+pub const REASONS: usize = 39;
 
 reasons! {
     Unknown = 0, "unknown", Drop, "An outcome that the program did not expect.";
@@ -128,6 +128,8 @@ reasons! {
     LookupAssigned = 34, "lookup_assigned", Proxy, "sk_lookup chose the proxy's listener.";
     LookupRefused = 35, "lookup_refused", Refuse, "sk_lookup refused a noted segment.";
     UnguardedInterface = 36, "unguarded_interface", Refuse, "A new connection came by an interface that has no guard yet.";
+    Rewritten = 37, "rewritten", Drop, "The addresses of a segment of the proxy's were changed inside the workload.";
+    InnerConnection = 38, "inner_connection", Drop, "The proxy's connection to the application stays in the workload.";
 }
 
 impl Reason {

@@ -6,10 +6,12 @@
 //! `PACKET_QDISC_BYPASS`, `AF_XDP`) or was changed behind it.
 
 use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id};
 use aya_ebpf::programs::TcContext;
+use mesh_ebpf_common::INNER_MARK;
 use mesh_ebpf_common::abi::FlowKey;
-use mesh_ebpf_common::decide::{self, Owner, Sender};
+use mesh_ebpf_common::decide::{self, Found, Owner, Sender};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
 use crate::ingress::{DROP, NEXT, proxy_cgroup};
@@ -64,7 +66,7 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
         }
         Parsed::Bad(reason) => return drop_unread(hook, reason),
     };
-    let sender = sender(ctx, hook);
+    let sender = sender(ctx, hook, &segment);
     let reason = decide::egress(sender, segment.flags, segment.payload).unwrap_or_else(|| by_flow(ctx, &segment));
     match reason.verdict() {
         Verdict::Pass => {
@@ -88,13 +90,10 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
 }
 
 #[inline(always)]
-fn sender(ctx: &TcContext, hook: Hook) -> Sender {
+fn sender(ctx: &TcContext, hook: Hook, segment: &Segment) -> Sender {
     // SAFETY: the context is valid while the program runs. 0 means that there is no full socket, not even a listener
     // behind a request socket.
     let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
-    if let Owner::Proxy = proxy_cgroup(cgroup) {
-        return Sender::Proxy;
-    }
     // SAFETY: as above; the verifier insists on both null checks.
     unsafe {
         let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
@@ -104,11 +103,45 @@ fn sender(ctx: &TcContext, hook: Hook) -> Sender {
             return if forwarded { Sender::Forwarded } else { Sender::None };
         }
         let full = bpf_sk_fullsock(sk);
+        if let Owner::Proxy = proxy_cgroup(cgroup) {
+            if !full.is_null() && (*full).mark == INNER_MARK {
+                return Sender::Inner;
+            }
+            return match Found::socket((*sk).state, Owner::Proxy) {
+                // A reset that a listener causes has the listener's cgroup, and no connection's addresses.
+                Found::Listener(_) => Sender::None,
+                Found::Live(_) | Found::TimeWait | Found::Nothing if is_of(sk, segment) => Sender::Proxy,
+                Found::Live(_) | Found::TimeWait | Found::Nothing => Sender::Rewritten,
+            };
+        }
         if full.is_null() {
             // A request socket has its listener's cgroup, a TIME_WAIT none.
             return if cgroup == 0 { Sender::None } else { Sender::Tcp };
         }
         Sender::socket((*full).family, (*full).type_, cgroup)
+    }
+}
+
+/// Whether a segment has the socket's addresses and ports.
+///
+/// # Safety
+/// `sk` is the packet's socket.
+#[inline(always)]
+unsafe fn is_of(sk: *mut bpf_sock, segment: &Segment) -> bool {
+    // SAFETY: the fields are readable in every kind of socket. The local port is in host byte order, the other is not.
+    unsafe {
+        // A socket that has ended meanwhile has given its port back; the other end stays its own.
+        let port = (*sk).src_port as u16;
+        if (port != 0 && port != u16::from_be(segment.src_port)) || (*sk).dst_port != segment.dst_port {
+            return false;
+        }
+        if !segment.v6 {
+            return (*sk).src_ip4 == segment.src.words[3] && (*sk).dst_ip4 == segment.dst.words[3];
+        }
+        let (src, dst) = (&raw const (*sk).src_ip6, &raw const (*sk).dst_ip6);
+        let word = |words: *const [u32; 4], i: usize| core::ptr::read_volatile(words.cast::<u32>().add(i));
+        let same = |i: usize| word(src, i) == segment.src.words[i] && word(dst, i) == segment.dst.words[i];
+        same(0) && same(1) && same(2) && same(3)
     }
 }
 

@@ -4,6 +4,7 @@
 //! own in them: [`socket_in`] opens sockets anywhere, and the test uses them itself.
 #![allow(unsafe_code)]
 
+pub mod nat;
 pub mod packet;
 pub mod proxy;
 pub mod tcp;

@@ -2,17 +2,19 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use mesh_ebpf_common::decide::{ACK, RST, SYN};
 use mesh_ebpf_common::outcome::{Hook, Reason};
+use mesh_tests::capture_bed::nat::{Nat, translate};
 use mesh_tests::capture_bed::packet::{Packet, Raw, Segment, frame};
 use mesh_tests::capture_bed::proxy::{Mesh, application};
 use mesh_tests::capture_bed::tcp::connect;
 use mesh_tests::capture_bed::xdp::Xdp;
-use mesh_tests::capture_bed::{Bed, Group, Netns, PEER_V4, POD_V4, counts, eventually};
+use mesh_tests::capture_bed::{Bed, Group, Netns, PATIENCE, PEER_V4, POD_V4, counts, eventually};
+use nix::sys::socket::{setsockopt, sockopt};
 
 const OUTSIDE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(PEER_V4), 8084);
 const CHILD_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
@@ -129,4 +131,45 @@ fn an_end_that_merges_what_it_receives_is_not_guarded() {
         let enrollment = mesh.bed.enroll(&mesh.capture, &fds);
         assert_eq!((enrollment.node_ends.len(), guarded()), (expected, expected), "GRO: {on}");
     }
+}
+
+/// Address translation in the workload would lead what the proxy sends in clear to where it was not to go, or give it
+/// somebody else's address.
+#[test]
+fn the_proxys_segments_leave_as_they_were_made() {
+    const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+    const SOMEBODY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
+    let victim = SocketAddrV4::new(PEER_V4, 8084);
+    for (nat, dialled) in [
+        (Nat::Destination(ELSEWHERE, victim), SocketAddr::from((ELSEWHERE, 80))),
+        (Nat::Source(POD_V4, SOMEBODY), victim.into()),
+    ] {
+        let mesh = Mesh::new();
+        let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[victim.into()]);
+        // Before there is translation, everything is well, and the link layer gets resolved.
+        connect(mesh.bed.tcp(&mesh.bed.pod, Group::Proxy, false), victim.into(), PATIENCE).expect("the proxy connects");
+        eventually("the connection is accepted", || server.accepted() == 1);
+        translate(&mesh.bed.pod, nat);
+        let result = connect(mesh.bed.tcp(&mesh.bed.pod, Group::Proxy, false), dialled, SHORT);
+        timed_out(result, &format!("{nat:?}"));
+        assert!(mesh.count(Hook::Egress, Reason::Rewritten) > 0, "{nat:?}: {}", counts(&mesh.capture));
+        assert_eq!(server.accepted(), 1, "{nat:?}");
+    }
+}
+
+/// Routes in the workload lead the proxy's connection to the application out, and the node would bring it back in, to the
+/// proxy: each round one more connection.
+#[test]
+fn the_proxys_inner_connections_do_not_leave() {
+    let mesh = Mesh::new();
+    let server = application(&mesh.bed, &mesh.bed.peer, Group::Outside, &[OUTSIDE]);
+    let open = || {
+        let socket = mesh.bed.tcp(&mesh.bed.pod, Group::Proxy, false);
+        setsockopt(&socket, sockopt::Mark, &mesh_ebpf_common::INNER_MARK).unwrap();
+        socket
+    };
+    mesh.bed.pod.ip(&["rule", "del", "fwmark", &mesh_ebpf_common::INNER_MARK.to_string()]);
+    timed_out(connect(open(), OUTSIDE, SHORT), "an inner connection");
+    assert!(mesh.count(Hook::Egress, Reason::InnerConnection) > 0, "{}", counts(&mesh.capture));
+    assert_eq!(server.accepted(), 0);
 }
