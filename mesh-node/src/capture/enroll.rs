@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, OriginalDst, PeerKey, Workload};
+use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, Workload};
 use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
@@ -172,41 +172,6 @@ impl Capture {
         Ok(noted)
     }
 
-    /// Original destinations that wait for the proxy: how it sees the peer, and the cookie of the peer's socket.
-    fn notes(&self, cookie: u64) -> Result<Vec<(PeerKey, u64)>, CaptureError> {
-        let map = self.maps.captured.as_fd();
-        let read = || -> io::Result<_> {
-            let mut notes = Vec::new();
-            for key in sys::keys::<PeerKey>(map, maps::MAX_CAPTURED)?.into_iter().filter(|k| k.netns_cookie == cookie) {
-                notes.extend(sys::lookup::<_, OriginalDst>(map, &key)?.map(|note| (key, note.socket_cookie)));
-            }
-            Ok(notes)
-        };
-        context(read(), || format!("read notes of the workload with cookie {cookie}"))
-    }
-
-    /// Removes notes that nobody will take: the client had closed its connection, which then went with a listener. All
-    /// of `notes` were there before `sockets` were listed.
-    fn forget_orphans(&self, notes: &[(PeerKey, u64)], sockets: &[TcpSocket]) -> Result<(), CaptureError> {
-        let ends: BTreeSet<(Addr, u16)> = sockets
-            .iter()
-            .flat_map(|socket| [socket.local, socket.remote])
-            .map(|end| (Addr::from(end.ip()), end.port().to_be()))
-            .collect();
-        let map = self.maps.captured.as_fd();
-        for (key, socket_cookie) in notes.iter().filter(|(key, _)| !ends.contains(&(key.addr, key.port))) {
-            let remove = || -> io::Result<()> {
-                let now: Option<OriginalDst> = sys::lookup(map, key)?;
-                if now.is_some_and(|note| note.socket_cookie == *socket_cookie) {
-                    sys::remove(map, key)?;
-                }
-                Ok(())
-            };
-            context(remove(), || "remove a note that nobody takes".to_owned())?;
-        }
-        Ok(())
-    }
-
     /// Notes and old connections of a workload that is no longer enrolled.
     fn forget_flows(&self, cookie: u64) -> Result<(), CaptureError> {
         let what = || format!("forget connections of the workload with cookie {cookie}");
@@ -218,12 +183,7 @@ impl Capture {
                 }
             }
         }
-        for key in context(sys::keys::<PeerKey>(self.maps.captured.as_fd(), maps::MAX_CAPTURED), what)? {
-            if key.netns_cookie == cookie {
-                context(sys::remove(self.maps.captured.as_fd(), &key), what)?;
-            }
-        }
-        Ok(())
+        self.forget_notes(cookie)
     }
 }
 

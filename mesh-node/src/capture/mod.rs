@@ -19,6 +19,7 @@ mod inspect;
 mod netlink;
 mod netns;
 mod node_end;
+mod notes;
 mod pins;
 mod programs;
 mod sock_diag;
@@ -26,12 +27,12 @@ mod sys;
 mod tc;
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use mesh_ebpf_common::abi::{Addr, OriginalDst, PeerKey, Workload};
+use mesh_ebpf_common::abi::Workload;
 use mesh_ebpf_common::{LAYOUT_VERSION, maps};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -161,17 +162,6 @@ impl Capture {
         }
         adopted.sort_by_key(|workload| workload.cookie);
         Ok(adopted)
-    }
-
-    /// Where the connection that the proxy accepted from `peer` wanted to go; each note can be taken once.
-    ///
-    /// `None` means refuse: the map was full, or the peer did not come by capture.
-    pub fn original_dst(&self, cookie: u64, peer: SocketAddr) -> Result<Option<SocketAddr>, CaptureError> {
-        let key =
-            PeerKey { addr: Addr::from(peer.ip()), netns_cookie: cookie, port: peer.port().to_be(), reserved: [0; 3] };
-        let taken: Option<OriginalDst> =
-            context(sys::take(self.maps.captured.as_fd(), &key), || format!("look up the destination of {peer}"))?;
-        Ok(taken.map(|original| SocketAddr::new(IpAddr::from(original.dst), u16::from_be(original.port))))
     }
 
     /// A proxy that has ended for good: its sockets are gone and its cgroup no longer means the proxy.

@@ -1,0 +1,72 @@
+//! Notes of original destinations: `sock_ops` makes them, the proxy takes them when it accepts the connection.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use mesh_ebpf_common::abi::{Addr, OriginalDst, PeerKey};
+use mesh_ebpf_common::maps;
+
+use super::error::{CaptureError, context};
+use super::sock_diag::TcpSocket;
+use super::{Capture, sys};
+
+impl Capture {
+    /// Where the connection that the proxy accepted from `peer` wanted to go; each note can be taken once.
+    ///
+    /// `None` means refuse: the map was full, or the peer did not come by capture.
+    pub fn original_dst(&self, cookie: u64, peer: SocketAddr) -> Result<Option<SocketAddr>, CaptureError> {
+        let key =
+            PeerKey { addr: Addr::from(peer.ip()), netns_cookie: cookie, port: peer.port().to_be(), reserved: [0; 3] };
+        let taken: Option<OriginalDst> =
+            context(sys::take(self.maps.captured.as_fd(), &key), || format!("look up the destination of {peer}"))?;
+        Ok(taken.map(|original| SocketAddr::new(IpAddr::from(original.dst), u16::from_be(original.port))))
+    }
+
+    /// Original destinations that wait for the proxy: how it sees the peer, and the cookie of the peer's socket.
+    pub(super) fn notes(&self, cookie: u64) -> Result<Vec<(PeerKey, u64)>, CaptureError> {
+        let map = self.maps.captured.as_fd();
+        let read = || -> io::Result<_> {
+            let mut notes = Vec::new();
+            for key in sys::keys::<PeerKey>(map, maps::MAX_CAPTURED)?.into_iter().filter(|k| k.netns_cookie == cookie) {
+                notes.extend(sys::lookup::<_, OriginalDst>(map, &key)?.map(|note| (key, note.socket_cookie)));
+            }
+            Ok(notes)
+        };
+        context(read(), || format!("read notes of the workload with cookie {cookie}"))
+    }
+
+    /// Removes notes that nobody will take: the client had closed its connection, which then went with a listener. All
+    /// of `notes` were there before `sockets` were listed.
+    pub(super) fn forget_orphans(&self, notes: &[(PeerKey, u64)], sockets: &[TcpSocket]) -> Result<(), CaptureError> {
+        let ends: BTreeSet<(Addr, u16)> = sockets
+            .iter()
+            .flat_map(|socket| [socket.local, socket.remote])
+            .map(|end| (Addr::from(end.ip()), end.port().to_be()))
+            .collect();
+        let map = self.maps.captured.as_fd();
+        for (key, socket_cookie) in notes.iter().filter(|(key, _)| !ends.contains(&(key.addr, key.port))) {
+            let remove = || -> io::Result<()> {
+                let now: Option<OriginalDst> = sys::lookup(map, key)?;
+                if now.is_some_and(|note| note.socket_cookie == *socket_cookie) {
+                    sys::remove(map, key)?;
+                }
+                Ok(())
+            };
+            context(remove(), || "remove a note that nobody takes".to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// Removes the notes of a workload that is no longer enrolled.
+    pub(super) fn forget_notes(&self, cookie: u64) -> Result<(), CaptureError> {
+        let what = || format!("forget notes of the workload with cookie {cookie}");
+        for key in context(sys::keys::<PeerKey>(self.maps.captured.as_fd(), maps::MAX_CAPTURED), what)? {
+            if key.netns_cookie == cookie {
+                context(sys::remove(self.maps.captured.as_fd(), &key), what)?;
+            }
+        }
+        Ok(())
+    }
+}
