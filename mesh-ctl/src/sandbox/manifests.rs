@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::topology::{Enrolment, Service, Topology, Workload};
+use super::topology::{Enrolment, Node, Service, Topology, Workload};
 
 /// Files of the configuration directory: name and contents. One pod a file, so that a pod that comes or goes touches
 /// one file.
@@ -15,6 +15,7 @@ use super::topology::{Enrolment, Service, Topology, Workload};
 pub fn manifests(topology: &Topology) -> Result<BTreeMap<String, String>> {
     let mut files = BTreeMap::from([
         ("00-namespaces.yaml".to_string(), yaml(&namespaces(topology))?),
+        ("00-nodes.yaml".to_string(), yaml(&nodes(topology))?),
         ("10-services.yaml".to_string(), yaml(&services(topology))?),
     ]);
     for workload in &topology.workloads {
@@ -47,6 +48,15 @@ fn namespaces(topology: &Topology) -> Vec<Value> {
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}})
     }));
     objects
+}
+
+/// Where the nodes are, for preferences by place.
+fn nodes(topology: &Topology) -> Vec<Value> {
+    let node = |node: &Node| {
+        let labels = json!({"topology.kubernetes.io/region": node.region, "topology.kubernetes.io/zone": node.zone});
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name, "labels": labels}})
+    };
+    topology.nodes.iter().map(node).collect()
 }
 
 fn services(topology: &Topology) -> Vec<Value> {
@@ -129,6 +139,7 @@ mod tests {
             names,
             [
                 "00-namespaces.yaml",
+                "00-nodes.yaml",
                 "10-services.yaml",
                 "20-pod-client.yaml",
                 "20-pod-db.yaml",
@@ -137,6 +148,8 @@ mod tests {
                 "20-pod-web-v2.yaml"
             ]
         );
+        let nodes: Vec<Value> = serde_saphyr::from_multiple(&files["00-nodes.yaml"]).unwrap();
+        assert_eq!(nodes[1]["metadata"]["labels"]["topology.kubernetes.io/zone"], "node-b");
         let services: Vec<Value> = serde_saphyr::from_multiple(&files["10-services.yaml"]).unwrap();
         assert_eq!(services[0]["spec"]["clusterIPs"], json!(["10.96.0.10", "fd00:10:96::a"]));
         assert_eq!(services[1]["metadata"]["name"], "db");
