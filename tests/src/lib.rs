@@ -8,6 +8,7 @@ pub mod cacerts;
 pub mod capture_bed;
 
 pub mod ends;
+pub mod greeter;
 pub mod hostile;
 
 pub mod link;
