@@ -22,6 +22,7 @@ use mesh_core::workload::{Workload, WorkloadUid};
 use crate::access_log::{AccessLog, Record};
 use crate::metrics::{Labels, Metrics, Party, Reporter, ResponseFlags, Series, count};
 use crate::runtime::{Enrolled, View};
+use crate::tls::PeerProof;
 
 /// Who started it, seen from the enrolled workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +64,9 @@ pub enum CloseReason {
     /// The identity that carried it is no longer this node's.
     #[error("closed: certificate of {0} was withdrawn")]
     IdentityWithdrawn(SpiffeId),
+    /// The peer's certificate chains only to a root that was removed.
+    #[error("closed: certificate of {0}, the peer, leads to no trusted root any more")]
+    PeerDistrusted(SpiffeId),
     /// The workload left this node.
     #[error("closed: workload stopped")]
     WorkloadStopped,
@@ -75,7 +79,7 @@ impl CloseReason {
     fn flags(&self) -> ResponseFlags {
         match self {
             Self::Denied(_) => ResponseFlags::Deny,
-            Self::IdentityWithdrawn(_) => ResponseFlags::CertRevoked,
+            Self::IdentityWithdrawn(_) | Self::PeerDistrusted(_) => ResponseFlags::CertRevoked,
             Self::WorkloadStopped | Self::Drained => ResponseFlags::None,
         }
     }
@@ -108,6 +112,8 @@ pub struct Description {
     pub service: Option<Arc<Service>>,
     /// Verified identities, client's and server's.
     pub identities: Option<(SpiffeId, SpiffeId)>,
+    /// What the other end of the tunnel proved itself with.
+    pub peer: Option<Arc<PeerProof>>,
     /// What to judge again on a change.
     pub judged: Option<InboundFlow>,
 }
@@ -224,6 +230,9 @@ impl Live {
         let d = &self.description;
         if let Some(lost) = d.own_identities().find(|id| !view.certs.contains_key(*id)) {
             return Some(CloseReason::IdentityWithdrawn(lost.clone()));
+        }
+        if let Some(peer) = d.peer.as_ref().filter(|peer| !peer.holds(&view.roots)) {
+            return Some(CloseReason::PeerDistrusted(peer.id.clone()));
         }
         let flow = d.judged.as_ref()?;
         match judge(view, d.destination.as_deref(), flow) {

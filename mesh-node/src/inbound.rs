@@ -18,6 +18,7 @@ use mesh_core::inbound::{InboundRefusal, inbound_target};
 use mesh_core::workload::Workload;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -33,7 +34,7 @@ use crate::identity::{NoCertificate, certificate, has_expired, identity_of};
 use crate::metrics::{ResponseFlags, count};
 use crate::relay::{self, RelayError, Stream, reset_on_close};
 use crate::runtime::{CertifiedIdentity, RootStore, View};
-use crate::tls;
+use crate::tls::{self, PeerProof, PeerRole};
 use crate::wire::TunnelSocket;
 use crate::workers::{Serving, Worker};
 
@@ -108,9 +109,10 @@ impl InboundError {
     fn not_admitted(reason: CloseReason) -> Self {
         match reason {
             CloseReason::Denied(refusal) => Self::Refused(refusal),
-            reason @ (CloseReason::IdentityWithdrawn(_) | CloseReason::WorkloadStopped | CloseReason::Drained) => {
-                Self::Closed(reason)
-            }
+            reason @ (CloseReason::IdentityWithdrawn(_)
+            | CloseReason::PeerDistrusted(_)
+            | CloseReason::WorkloadStopped
+            | CloseReason::Drained) => Self::Closed(reason),
         }
     }
 
@@ -118,9 +120,9 @@ impl InboundError {
     fn status(&self) -> StatusCode {
         match self {
             Self::Method(_) | Self::Destination(_) => StatusCode::BAD_REQUEST,
-            Self::Refused(_) | Self::Closed(CloseReason::Denied(_)) | Self::ClientExpired(_) => {
-                StatusCode::UNAUTHORIZED
-            }
+            Self::Refused(_)
+            | Self::Closed(CloseReason::Denied(_) | CloseReason::PeerDistrusted(_))
+            | Self::ClientExpired(_) => StatusCode::UNAUTHORIZED,
             Self::NotConfigured
             | Self::NoCertificate(_)
             | Self::Full
@@ -133,9 +135,9 @@ impl InboundError {
     fn flags(&self) -> ResponseFlags {
         match self {
             Self::Refused(_) | Self::Closed(CloseReason::Denied(_)) => ResponseFlags::Deny,
-            Self::Closed(CloseReason::IdentityWithdrawn(_)) | Self::NoCertificate(_) | Self::ClientExpired(_) => {
-                ResponseFlags::IdentityError
-            }
+            Self::Closed(CloseReason::IdentityWithdrawn(_) | CloseReason::PeerDistrusted(_))
+            | Self::NoCertificate(_)
+            | Self::ClientExpired(_) => ResponseFlags::IdentityError,
             Self::Method(_)
             | Self::Destination(_)
             | Self::NotConfigured
@@ -147,25 +149,34 @@ impl InboundError {
     }
 }
 
+/// How a listener shakes hands.
+#[derive(Debug, Clone)]
+struct Terms {
+    config: Arc<ServerConfig>,
+    /// What clients' certificates must chain to.
+    roots: Arc<RootStore>,
+}
+
 /// The TLS configuration of one listener, made again when the certificate or the roots were replaced.
 #[derive(Debug, Default)]
 pub struct TlsConfigs {
-    made: Option<(Arc<CertifiedIdentity>, Arc<RootStore>, Arc<ServerConfig>)>,
+    made: Option<(Arc<CertifiedIdentity>, Terms)>,
 }
 
 impl TlsConfigs {
-    fn current(&mut self, worker: &Worker, serving: &Serving) -> Result<Arc<ServerConfig>, Refused> {
+    fn current(&mut self, worker: &Worker, serving: &Serving) -> Result<Terms, Refused> {
         let view = worker.shared.view.load();
         let identity = certificate(&view, &identity_of(&serving.enrolled, &worker.config.trust_domain))?;
-        if let Some((cert, roots, config)) = &self.made
+        if let Some((cert, terms)) = &self.made
             && Arc::ptr_eq(cert, &identity)
-            && Arc::ptr_eq(roots, &view.roots)
+            && Arc::ptr_eq(&terms.roots, &view.roots)
         {
-            return Ok(Arc::clone(config));
+            return Ok(terms.clone());
         }
         let config = tls::server_config(&identity, &view.roots, &worker.config.trust_domain)?;
-        self.made = Some((identity, Arc::clone(&view.roots), Arc::clone(&config)));
-        Ok(config)
+        let terms = Terms { config, roots: Arc::clone(&view.roots) };
+        self.made = Some((identity, terms.clone()));
+        Ok(terms)
     }
 
     /// Starts the handshake of an accepted connection, or refuses it because we have no certificate.
@@ -177,9 +188,9 @@ impl TlsConfigs {
         handshake: Place,
     ) {
         match self.current(worker, serving) {
-            Ok(config) => {
+            Ok(terms) => {
                 let (worker, serving) = (Arc::clone(worker), Arc::clone(serving));
-                tokio::spawn(Box::pin(tunnel(worker, serving, accepted, config, handshake)));
+                tokio::spawn(Box::pin(tunnel(worker, serving, accepted, terms, handshake)));
             }
             Err(refused) => {
                 complain(worker, accepted.peer.ip(), "certificate", &refused);
@@ -193,11 +204,11 @@ impl TlsConfigs {
 /// What all streams of a tunnel have in common.
 #[derive(Debug)]
 struct Tunnel {
-    client: SpiffeId,
-    /// End of the client's certificate, seconds since 1970. A tunnel may live longer than what it was made with.
-    client_until_secs: u64,
+    client: Arc<PeerProof>,
     peer: SocketAddr,
     local: SocketAddr,
+    /// The client is not believed any more: no further streams.
+    distrusted: Notify,
 }
 
 /// Serves one accepted connection of port 15008 to its end.
@@ -205,7 +216,7 @@ async fn tunnel(
     worker: Arc<Worker>,
     serving: Arc<Serving>,
     accepted: accept::Accepted,
-    config: Arc<ServerConfig>,
+    terms: Terms,
     handshake: Place,
 ) {
     let accept::Accepted { tcp, peer, permit: _permit } = accepted;
@@ -216,7 +227,7 @@ async fn tunnel(
         return;
     };
     let shaken = tokio::select! {
-        shaken = Box::pin(shake_hands(tcp, peer, config)) => shaken,
+        shaken = Box::pin(shake_hands(tcp, peer, terms)) => shaken,
         () = handshake.lost() => Err(Refused::Crowd),
     };
     drop(handshake);
@@ -230,7 +241,7 @@ async fn tunnel(
     };
     count(&worker.metrics.counters.tunnels_accepted);
     let tunnel = Arc::new(tunnel);
-    let served = server::serve(io, serving.phase.subscribe(), |request| {
+    let served = server::serve(io, serving.phase.subscribe(), tunnel.distrusted.notified(), |request| {
         let (worker, serving, tunnel) = (Arc::clone(&worker), Arc::clone(&serving), Arc::clone(&tunnel));
         tokio::spawn(stream(worker, serving, tunnel, request));
     })
@@ -254,18 +265,17 @@ fn ended_badly(worker: &Worker, peer: IpAddr, error: &ServeError) {
 async fn shake_hands(
     tcp: TcpStream,
     peer: SocketAddr,
-    config: Arc<ServerConfig>,
+    terms: Terms,
 ) -> Result<(TlsStream<TunnelSocket>, Tunnel), Refused> {
     let local = tcp.local_addr()?;
-    let accept = TlsAcceptor::from(config).accept(TunnelSocket::new(tcp));
+    let accept = TlsAcceptor::from(terms.config).accept(TunnelSocket::new(tcp));
     let io = timeout(HANDSHAKE_TIMEOUT, accept).await.map_err(|_| Refused::Slow)??;
     let session = io.get_ref().1;
     if session.alpn_protocol() != Some(tls::ALPN_H2) {
         return Err(Refused::Protocol);
     }
-    let client = tls::peer_identity(session.peer_certificates())?;
-    let client_until_secs = tls::peer_not_after_secs(session.peer_certificates())?;
-    Ok((io, Tunnel { client, client_until_secs, peer, local }))
+    let client = Arc::new(PeerProof::new(session.peer_certificates(), PeerRole::Client, terms.roots)?);
+    Ok((io, Tunnel { client, peer, local, distrusted: Notify::new() }))
 }
 
 /// Carries one stream of a tunnel to its end.
@@ -309,9 +319,10 @@ async fn open_stream(
     let mut description = describe(worker, serving, Carrier::Hbone, tunnel.peer, target, &workload);
     description.hbone_addr = Some(tunnel.local);
     let server = identity_of(&serving.enrolled, &worker.config.trust_domain);
-    description.identities = Some((tunnel.client.clone(), server));
+    description.identities = Some((tunnel.client.id.clone(), server));
+    description.peer = Some(Arc::clone(&tunnel.client));
     let dialled = tokio::select! {
-        dialled = admit(worker, serving, description, Some(&tunnel.client)) => dialled,
+        dialled = admit(worker, serving, description, Some(&tunnel.client.id)) => dialled,
         _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => {
             resets.spend(Instant::now());
             return None;
@@ -320,6 +331,9 @@ async fn open_stream(
     let (mut registered, tcp) = match dialled {
         Ok(admitted) => admitted,
         Err((registered, error)) => {
+            if matches!(error, InboundError::Closed(CloseReason::PeerDistrusted(_))) {
+                tunnel.distrusted.notify_one();
+            }
             registered.failed(error.flags(), &error);
             answer(respond, error.status());
             return None;
@@ -349,8 +363,8 @@ fn requested(
     }
     let view = worker.shared.view.load();
     certificate(&view, &identity_of(&serving.enrolled, &worker.config.trust_domain))?;
-    if has_expired(tunnel.client_until_secs) {
-        return Err(InboundError::ClientExpired(tunnel.client.clone()));
+    if has_expired(tunnel.client.not_after_secs) {
+        return Err(InboundError::ClientExpired(tunnel.client.id.clone()));
     }
     let workload = view.workload_of(&serving.enrolled.uid).ok_or(InboundError::NotConfigured)?;
     let authority = request.uri().authority().map_or("", |authority| authority.as_str());
@@ -415,6 +429,7 @@ fn describe(
         destination: Some(Arc::clone(workload)),
         service: None,
         identities: None,
+        peer: None,
         judged: None,
     }
 }

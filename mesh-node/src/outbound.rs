@@ -96,7 +96,7 @@ pub async fn carry(worker: Arc<Worker>, serving: Arc<Serving>, accepted: Accepte
     };
     registered.opened();
     let result = match connected {
-        Connected::Stream(Opened { stream, lease }) => {
+        Connected::Stream(Opened { stream, lease, server: _ }) => {
             let result = relay::tcp_and_stream(tcp, stream, &registered.live, crate::connections::Way::ToServer).await;
             drop(lease);
             result
@@ -245,7 +245,6 @@ impl Attempt<'_> {
             identity: upstream.workload.identity.clone(),
             alternatives: upstream.service.as_ref().map(|s| s.subject_alt_names.clone().into()).unwrap_or_default(),
         };
-        let destination_identity = upstream.workload.identity.clone();
         let destination = upstream.workload.uid.clone();
         let host = upstream.service.as_ref().map(|s| Arc::clone(&s.key.hostname));
         let mut description = self.describe(view, Carrier::Hbone, Some(upstream));
@@ -278,7 +277,8 @@ impl Attempt<'_> {
         };
         match opened.await {
             Ok(opened) => {
-                description.identities = Some((source_identity, destination_identity));
+                description.identities = Some((source_identity, opened.server.id.clone()));
+                description.peer = Some(Arc::clone(&opened.server));
                 self.register(description).map(|registered| (registered, Connected::Stream(opened)))
             }
             Err(error) => {
@@ -339,9 +339,10 @@ impl Attempt<'_> {
         let Some(reason) = reason else { return Ok(registered) };
         let error = match reason {
             CloseReason::Denied(refusal) => OutboundError::Refused(refusal),
-            reason @ (CloseReason::IdentityWithdrawn(_) | CloseReason::WorkloadStopped | CloseReason::Drained) => {
-                OutboundError::Closed(reason)
-            }
+            reason @ (CloseReason::IdentityWithdrawn(_)
+            | CloseReason::PeerDistrusted(_)
+            | CloseReason::WorkloadStopped
+            | CloseReason::Drained) => OutboundError::Closed(reason),
         };
         registered.failed(error.flags(), &error);
         self.recorded = true;
@@ -368,6 +369,7 @@ impl Attempt<'_> {
             destination,
             service,
             identities: None,
+            peer: None,
             judged: None,
         }
     }

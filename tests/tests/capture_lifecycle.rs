@@ -108,7 +108,9 @@ fn cleanup_leaves_nothing_and_says_what_it_removed() {
         mesh.proxy.take().expect("runs").stop();
         let ids = program_ids(&mesh.capture);
         let removed = mesh.bed.cleanup().unwrap();
-        for part in ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "gate", "v2"] {
+        for part in
+            ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "gate", "v2"]
+        {
             assert!(removed.iter().any(|line| line.contains(part)), "{part} is not in {removed:#?}");
         }
         // The kernel puts two files of its own into every such file system.

@@ -206,12 +206,26 @@ fn plugged_roots_are_replaced_under_traffic_and_the_removed_one_opens_nothing() 
     write(&dir.0, &new, &[&old, &new]);
     everywhere(&bed, "certificates of the new signer", |row| signed_by(row, "new signer") && roots(row) == 2);
     assert_eq!(held.say("the new one signs"), "the new one signs");
+    // A tunnel that was dialled meanwhile may have met a server with a certificate of the old signer.
+    let before = dialled(&bed, "node-a");
+    let client = row(&bed, "node-a", CLIENT).certificates.remove(0);
+    renewed(&bed, "node-a", CLIENT, &client);
+    eventually("a tunnel that both ends proved anew", || (dialled(&bed, "node-a") > before).then_some(()));
+    let mut proved = bed.hold("client", far);
+    assert_eq!(proved.say("proved by the new one"), "proved by the new one");
 
     write(&dir.0, &new, &[&new]);
     everywhere(&bed, "one root", |row| signed_by(row, "new signer") && roots(row) == 1);
     assert!(attempt(&bed, &runtime, &old).is_err(), "a peer of the removed root");
     assert_eq!(attempt(&bed, &runtime, &new), Ok(StatusCode::OK), "a peer of the root that is left");
-    assert_eq!(held.say("the old one is gone"), "the old one is gone");
+    assert_eq!(proved.say("the old one is gone"), "the old one is gone");
+    eventually("the end of what the removed root vouched for", || held.say("?").starts_with("closed").then_some(()));
+    // Both ends distrust each other; whoever hears of it first ends the connection and says why.
+    let logs = NODES.map(|node| bed.sandbox.layout.node(node).join("access.log"));
+    eventually("the reason", || {
+        let said = |log| fs::read_to_string(log).is_ok_and(|log| log.contains("leads to no trusted root"));
+        logs.iter().any(said).then_some(())
+    });
     for node in NODES {
         eventually("the stream from the controller", || bed.status(node).filter(|status| status.controller_connected));
     }

@@ -28,7 +28,7 @@ use crate::dial::{Namespaces, connect, keep_alive};
 use crate::metrics::{Metrics, ResponseFlags, count};
 use crate::relay::Stream;
 use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, View};
-use crate::tls;
+use crate::tls::{self, PeerProof, PeerRole};
 use crate::wire::TunnelSocket;
 
 /// Tunnels tried for one stream: a pooled one may turn out to be closing.
@@ -121,6 +121,7 @@ pub struct Tunnel {
     open: Arc<AtomicBool>,
     identity: Arc<CertifiedIdentity>,
     roots: Arc<RootStore>,
+    server: Arc<PeerProof>,
 }
 
 impl PooledTunnel for Tunnel {
@@ -173,6 +174,8 @@ pub struct Opened {
     pub stream: Stream,
     /// Keep until the stream has ended.
     pub lease: Lease,
+    /// What the server proved itself with.
+    pub server: Arc<PeerProof>,
 }
 
 /// A place on a tunnel, given back when dropped.
@@ -203,7 +206,7 @@ impl Tunnels {
             let (lease, mut tunnel) = self.tunnel(target).await?;
             tried += 1;
             match ask(&mut tunnel.send, request.clone()).await {
-                Ok((StatusCode::OK, stream)) => return Ok(Opened { stream, lease }),
+                Ok((StatusCode::OK, stream)) => return Ok(Opened { stream, lease, server: tunnel.server }),
                 Ok((status, _)) => return Err(OpenError::Answer(status)),
                 Err(error) if tried < MAX_TUNNELS_TRIED && another_tunnel_may_do(&error) => {
                     // This one takes no more streams, or none now; a REFUSED_STREAM alone does not say which.
@@ -312,9 +315,12 @@ impl Tunnels {
             .await
             .map_err(|_| DialError::Slow { address, what: "TLS handshake" })?
             .map_err(|source| DialError::Tls { address, source })?;
-        if tls.get_ref().1.alpn_protocol() != Some(tls::ALPN_H2) {
+        let session = tls.get_ref().1;
+        if session.alpn_protocol() != Some(tls::ALPN_H2) {
             return Err(DialError::Tls { address, source: io::Error::other("peer does not speak h2") });
         }
+        let server = PeerProof::new(session.peer_certificates(), PeerRole::Server, Arc::clone(&target.roots))
+            .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;
         let (send, driver) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(tls))
             .await
             .map_err(|_| DialError::Slow { address, what: "HTTP/2 preface" })?
@@ -324,6 +330,7 @@ impl Tunnels {
             open: Arc::new(AtomicBool::new(true)),
             identity: Arc::clone(&target.identity),
             roots: Arc::clone(&target.roots),
+            server: Arc::new(server),
         };
         Ok((tunnel, driver))
     }

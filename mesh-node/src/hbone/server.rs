@@ -88,10 +88,12 @@ pub struct Accepted {
     pub resets: Arc<ResetBudget>,
 }
 
-/// Serves one tunnel. `on_request` must not block; it hands the request to a task.
+/// Serves one tunnel. `on_request` must not block; it hands the request to a task. From `retired` on the tunnel takes no
+/// further requests, as if its listener drained.
 pub async fn serve<IO>(
     io: IO,
     mut phase: watch::Receiver<Phase>,
+    retired: impl Future<Output = ()>,
     mut on_request: impl FnMut(Accepted),
 ) -> Result<(), ServeError>
 where
@@ -107,6 +109,7 @@ where
             None => std::future::pending().await,
         }
     });
+    let mut retired = pin!(retired);
     let mut first_request = pin!(sleep(FIRST_REQUEST_TIMEOUT));
     let mut waiting_for_first = true;
     let mut draining = false;
@@ -128,6 +131,10 @@ where
                 return Err(ServeError::ResetFlood);
             }
             () = &mut first_request, if waiting_for_first => return Err(ServeError::NoRequest),
+            () = &mut retired, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
             now = next_phase(&mut phase, draining) => match now {
                 Phase::Stopped => return Ok(()),
                 Phase::Draining | Phase::Serving => {

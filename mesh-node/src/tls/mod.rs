@@ -3,19 +3,19 @@
 //! TLS 1.3 only, ALPN `h2`, no SNI, no resumption: every connection proves both identities anew. No sockets here.
 
 mod identity;
+mod proof;
 mod provider;
 mod verify;
 
 use std::sync::Arc;
 
-use mesh_core::identity::SpiffeId;
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig, SignatureScheme};
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 pub use identity::spiffe_id_of;
+pub use proof::{PeerProof, PeerRole};
 pub use verify::{CLOCK_SKEW, ExpectedServer, PeerRefused};
 
 use crate::runtime::{CertifiedIdentity, RootStore};
@@ -80,21 +80,6 @@ pub fn certified_key(
         Ok(()) => Ok(Arc::new(certified)),
         Err(error) => Err(error),
     }
-}
-
-/// The identity of a completed handshake's peer.
-pub fn peer_identity(certificates: Option<&[rustls_pki_types::CertificateDer<'_>]>) -> Result<SpiffeId, PeerRefused> {
-    match certificates {
-        Some([leaf, ..]) => spiffe_id_of(leaf),
-        Some([]) | None => Err(PeerRefused::NoCertificate),
-    }
-}
-
-/// When the certificate of a completed handshake's peer ends, seconds since 1970.
-pub fn peer_not_after_secs(certificates: Option<&[rustls_pki_types::CertificateDer<'_>]>) -> Result<u64, PeerRefused> {
-    let Some([leaf, ..]) = certificates else { return Err(PeerRefused::NoCertificate) };
-    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| PeerRefused::Certificate(webpki::Error::BadDer))?;
-    Ok(u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default())
 }
 
 /// Always the same certificate, whatever the peer says: the listener's namespace chose it.

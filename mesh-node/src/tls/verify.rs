@@ -103,7 +103,7 @@ impl std::fmt::Display for ExpectedServer {
 }
 
 /// Everything but whose identity it is.
-fn verify_chain(
+pub(super) fn verify_chain(
     roots: &RootStore,
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
