@@ -251,7 +251,7 @@ impl Attempt<'_> {
         description.hbone_addr = Some(hbone);
         description.destination_addr = authority;
         let opened = async {
-            let identity = certificate(view, &source_identity)?;
+            certificate(view, &source_identity)?;
             let source = description.source.as_deref().ok_or(Refusal::SourceUnknown)?;
             let request = head::request(
                 &authority.to_string(),
@@ -270,8 +270,6 @@ impl Attempt<'_> {
                     address: hbone,
                 }),
                 source: Arc::clone(&self.serving.enrolled),
-                identity,
-                roots: Arc::clone(&view.roots),
             };
             Ok::<_, OutboundError>(self.worker.tunnels.open(&target, &request).await?)
         };

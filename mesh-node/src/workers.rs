@@ -222,12 +222,13 @@ impl WorkerParts {
     /// On the worker's own thread.
     fn build(self) -> io::Result<Arc<Worker>> {
         let namespaces = Arc::new(Namespaces::of_this_thread()?);
+        let tunnels = Tunnels::new(Arc::clone(&self.shared), Arc::clone(&namespaces), Arc::clone(&self.metrics));
         Ok(Arc::new(Worker {
             config: self.config,
             shared: self.shared,
             original_dst: self.original_dst,
             connections: self.connections,
-            tunnels: Tunnels::new(Arc::clone(&namespaces), Arc::clone(&self.metrics)),
+            tunnels,
             namespaces,
             metrics: self.metrics,
             handshakes: Arc::default(),

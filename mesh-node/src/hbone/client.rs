@@ -25,14 +25,17 @@ use super::{
     SEND_BUFFER_BYTES, STREAM_WINDOW,
 };
 use crate::dial::{Namespaces, connect, keep_alive};
+use crate::identity::{NoCertificate, certificate};
 use crate::metrics::{Metrics, ResponseFlags, count};
 use crate::relay::Stream;
-use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, View};
+use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, Shared, View};
 use crate::tls::{self, PeerProof, PeerRole};
 use crate::wire::TunnelSocket;
 
 /// Tunnels tried for one stream: a pooled one may turn out to be closing.
 const MAX_TUNNELS_TRIED: usize = 3;
+/// Dials for one tunnel, when certificates or roots are replaced again and again while it is dialled.
+const MAX_DIALS: usize = 3;
 
 /// Why a tunnel did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +71,15 @@ pub enum DialError {
         address: SocketAddr,
         /// Which handshake.
         what: &'static str,
+    },
+    /// We cannot prove who the client is.
+    #[error("{0}")]
+    NoCertificate(#[from] NoCertificate),
+    /// The client or the server left while the tunnel was dialled, or certificates changed too often.
+    #[error("tunnel to {address}: what it was dialled for has changed meanwhile")]
+    Outdated {
+        /// Where to.
+        address: SocketAddr,
     },
     /// The dialling task is gone.
     #[error("dial was abandoned")]
@@ -106,7 +118,11 @@ impl OpenError {
             Self::Dial(error) => match **error {
                 DialError::Tls { .. } => ResponseFlags::TlsFailure,
                 DialError::Http2 { .. } => ResponseFlags::H2HandshakeFailure,
-                DialError::Slow { .. } | DialError::Connect { .. } | DialError::Abandoned => ResponseFlags::Connect,
+                DialError::NoCertificate(_) => ResponseFlags::IdentityError,
+                DialError::Slow { .. }
+                | DialError::Connect { .. }
+                | DialError::Outdated { .. }
+                | DialError::Abandoned => ResponseFlags::Connect,
             },
             Self::Answer(StatusCode::UNAUTHORIZED) => ResponseFlags::Deny,
             Self::Answer(_) | Self::Lost(_) | Self::Full => ResponseFlags::Connect,
@@ -139,17 +155,13 @@ impl PooledTunnel for Tunnel {
     }
 }
 
-/// Everything that a dial needs.
+/// What a tunnel is wanted for. Certificate and roots are those of the moment when it is dialled.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// Which tunnel.
     pub key: Arc<PoolKey>,
     /// Whose namespace the socket is made in.
     pub source: Arc<Enrolled>,
-    /// What is shown to the server.
-    pub identity: Arc<CertifiedIdentity>,
-    /// What the server's certificate must chain to.
-    pub roots: Arc<RootStore>,
 }
 
 type DialResult = Option<Result<(), Arc<DialError>>>;
@@ -159,6 +171,7 @@ type Attempt = watch::Receiver<DialResult>;
 #[derive(Debug)]
 pub struct Tunnels {
     pool: Mutex<Pool<Tunnel, WaitFor>>,
+    shared: Arc<Shared>,
     namespaces: Arc<Namespaces>,
     metrics: Arc<Metrics>,
 }
@@ -194,8 +207,8 @@ impl Drop for Lease {
 
 impl Tunnels {
     /// None yet.
-    pub fn new(namespaces: Arc<Namespaces>, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { pool: Mutex::default(), namespaces, metrics })
+    pub fn new(shared: Arc<Shared>, namespaces: Arc<Namespaces>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { pool: Mutex::default(), shared, namespaces, metrics })
     }
 
     /// Opens a stream, on a tunnel that is there or on a fresh one. Nothing of the connection's bytes is sent before
@@ -284,7 +297,8 @@ impl Tunnels {
     }
 
     async fn dial_for_all(self: Arc<Self>, target: Target, done: watch::Sender<DialResult>) {
-        let result = match self.dial(&target).await {
+        let result = match self.dial_valid(&target).await {
+            // No await before the pool has it: a change from here on finds it there.
             Ok((tunnel, driver)) => {
                 count(&self.metrics.counters.tunnels_dialled);
                 let id = self.pool().dialled(&target.key, tunnel.clone(), Instant::now());
@@ -300,13 +314,30 @@ impl Tunnels {
         done.send_replace(Some(result));
     }
 
-    async fn dial(&self, target: &Target) -> Result<(Tunnel, Driver), DialError> {
+    /// Dials until the tunnel is one that may take connections: [`Self::retain_valid`] sees only those in the pool, so
+    /// that a change while it is dialled would be missed.
+    async fn dial_valid(&self, target: &Target) -> Result<(Tunnel, Driver), DialError> {
+        for _ in 0..MAX_DIALS {
+            let view = self.shared.view.load_full();
+            if !is_wanted(&view, &target.key) {
+                break;
+            }
+            let (tunnel, driver) = self.dial(&view, target).await?;
+            if is_valid(&self.shared.view.load(), &target.key, &tunnel) {
+                return Ok((tunnel, driver));
+            }
+        }
+        Err(DialError::Outdated { address: target.key.address })
+    }
+
+    async fn dial(&self, view: &View, target: &Target) -> Result<(Tunnel, Driver), DialError> {
         let address = target.key.address;
+        let identity = certificate(view, &target.key.source_identity)?;
         let connect_error = |source| DialError::Connect { address, source };
         let socket = self.namespaces.socket(target.source.netns.as_fd(), address.ip()).map_err(connect_error)?;
         keep_alive(&SockRef::from(&socket)).map_err(connect_error)?;
         let tcp = connect(socket, address).await.map_err(connect_error)?;
-        let config = tls::client_config(&target.identity, &target.roots, target.key.expected.clone())
+        let config = tls::client_config(&identity, &view.roots, target.key.expected.clone())
             .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;
         // The name is neither sent nor compared: who the server must be is in the configuration.
         let name = ServerName::from(address.ip());
@@ -319,7 +350,7 @@ impl Tunnels {
         if session.alpn_protocol() != Some(tls::ALPN_H2) {
             return Err(DialError::Tls { address, source: io::Error::other("peer does not speak h2") });
         }
-        let server = PeerProof::new(session.peer_certificates(), PeerRole::Server, Arc::clone(&target.roots))
+        let server = PeerProof::new(session.peer_certificates(), PeerRole::Server, Arc::clone(&view.roots))
             .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;
         let (send, driver) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(tls))
             .await
@@ -328,8 +359,8 @@ impl Tunnels {
         let tunnel = Tunnel {
             send,
             open: Arc::new(AtomicBool::new(true)),
-            identity: Arc::clone(&target.identity),
-            roots: Arc::clone(&target.roots),
+            identity,
+            roots: Arc::clone(&view.roots),
             server: Arc::new(server),
         };
         Ok((tunnel, driver))
@@ -396,6 +427,10 @@ fn another_tunnel_may_do(error: &h2::Error) -> bool {
 fn is_valid(view: &View, key: &PoolKey, tunnel: &Tunnel) -> bool {
     view.certs.get(&key.source_identity).is_some_and(|cert| Arc::ptr_eq(cert, &tunnel.identity))
         && Arc::ptr_eq(&view.roots, &tunnel.roots)
-        && view.enrolled.contains_key(&key.source)
-        && view.snapshot.workload(&key.destination).is_some()
+        && is_wanted(view, key)
+}
+
+/// Whether both ends are still there.
+fn is_wanted(view: &View, key: &PoolKey) -> bool {
+    view.enrolled.contains_key(&key.source) && view.snapshot.workload(&key.destination).is_some()
 }

@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -26,14 +27,29 @@ use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, 
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
 /// Everything here takes milliseconds; this is when a test gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// Pause between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// Trust domain of all.
 const TRUST_DOMAIN: &str = "cluster.local";
 /// The node that all workloads are on.
 const NODE: &str = "node-a";
+
+/// Looks until there is something.
+pub(crate) async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "gave up waiting for {what}");
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
 
 /// What must happen, within [`PATIENCE`].
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -171,13 +187,18 @@ impl Bed {
 
     /// Enrols a workload that the configuration knows, with an application that answers with every byte.
     pub(crate) async fn serve(&self, name: &str) -> Served {
+        self.serve_at(name, HBONE_PORT).await
+    }
+
+    /// As [`Self::serve`], with another HBONE port; 0: any.
+    pub(crate) async fn serve_at(&self, name: &str, hbone_port: u16) -> Served {
         let ip = address();
         let listen = |port| {
             let listener = std::net::TcpListener::bind((ip, port)).unwrap();
             listener.set_nonblocking(true).unwrap();
             (listener.local_addr().unwrap(), OwnedFd::from(listener))
         };
-        let ((outbound, outbound4), (_, inbound4), (hbone, hbone4)) = (listen(0), listen(0), listen(HBONE_PORT));
+        let ((outbound, outbound4), (_, inbound4), (hbone, hbone4)) = (listen(0), listen(0), listen(hbone_port));
         let enrolled = Arc::new(Enrolled {
             uid: WorkloadUid(format!("uid-of-{name}").into()),
             name: name.into(),
@@ -204,6 +225,45 @@ impl Bed {
     pub(crate) fn know(&self, name: &str, served: &Served) {
         let elsewhere = Workload { node: "node-b".into(), ..workload(name, served.hbone.ip()) };
         self.configure(&[Change::UpsertWorkload(Arc::new(elsewhere))]);
+    }
+}
+
+/// Stands between whoever dials an HBONE port and the node proxy that serves it, and lets through what it is told to.
+pub(crate) struct Gate {
+    /// Connections that came so far.
+    pub(crate) came: Arc<AtomicUsize>,
+    passes: Arc<Semaphore>,
+}
+
+impl Gate {
+    /// At the HBONE port of the address that `to` has.
+    pub(crate) async fn before(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind((to.ip(), HBONE_PORT)).await.unwrap();
+        let gate = Self { came: Arc::default(), passes: Arc::new(Semaphore::new(0)) };
+        let (came, passes) = (Arc::clone(&gate.came), Arc::clone(&gate.passes));
+        tokio::spawn(async move {
+            while let Ok((mut tcp, _)) = listener.accept().await {
+                came.fetch_add(1, Ordering::Relaxed);
+                let passes = Arc::clone(&passes);
+                tokio::spawn(async move {
+                    passes.acquire().await.unwrap().forget();
+                    let mut server = TcpStream::connect(to).await.unwrap();
+                    // Its end is their business.
+                    let _ended = tokio::io::copy_bidirectional(&mut tcp, &mut server).await;
+                });
+            }
+        });
+        gate
+    }
+
+    /// Lets so many connections through, those that wait first.
+    pub(crate) fn let_through(&self, connections: usize) {
+        self.passes.add_permits(connections);
+    }
+
+    /// Waits until so many connections have come.
+    pub(crate) async fn came(&self, connections: usize) {
+        eventually("a dial", || (self.came.load(Ordering::Relaxed) >= connections).then_some(())).await;
     }
 }
 

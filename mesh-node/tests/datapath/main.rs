@@ -4,3 +4,4 @@
 
 mod bed;
 mod trust;
+mod tunnels;
