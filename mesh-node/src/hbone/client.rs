@@ -98,6 +98,9 @@ pub enum OpenError {
     /// The tunnel broke before the answer.
     #[error("tunnel: {0}")]
     Lost(#[source] h2::Error),
+    /// The other node proxy takes no streams.
+    #[error("peer takes no streams")]
+    Refusing,
     /// All tunnels are full.
     #[error("too many tunnels to one workload")]
     Full,
@@ -107,7 +110,7 @@ impl OpenError {
     /// Whether another endpoint of the service may do better.
     pub fn try_elsewhere(&self) -> bool {
         match self {
-            Self::Dial(_) | Self::Lost(_) | Self::Full => true,
+            Self::Dial(_) | Self::Lost(_) | Self::Refusing | Self::Full => true,
             Self::Answer(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -125,7 +128,7 @@ impl OpenError {
                 | DialError::Abandoned => ResponseFlags::Connect,
             },
             Self::Answer(StatusCode::UNAUTHORIZED) => ResponseFlags::Deny,
-            Self::Answer(_) | Self::Lost(_) | Self::Full => ResponseFlags::Connect,
+            Self::Answer(_) | Self::Lost(_) | Self::Refusing | Self::Full => ResponseFlags::Connect,
         }
     }
 }
@@ -282,6 +285,7 @@ impl Tunnels {
                     let lease = Lease { tunnels: Arc::clone(self), key: Arc::clone(&target.key), id };
                     return Ok((lease, tunnel));
                 }
+                Checkout::Refusing => return Err(OpenError::Refusing),
                 Checkout::Full => return Err(OpenError::Full),
                 Checkout::Wait(attempt) => attempt,
                 Checkout::Dial(attempt) => {

@@ -54,6 +54,8 @@ pub enum Checkout<T, A> {
     Wait(A),
     /// Dial, and report the result.
     Dial(A),
+    /// The other end takes no streams at all on a tunnel that is up. More tunnels would be no better.
+    Refusing,
     /// The bound on tunnels is reached.
     Full,
 }
@@ -98,6 +100,9 @@ impl<T: PooledTunnel, A: Clone> Pool<T, A> {
         }
         if let Some(attempt) = &entry.dialling {
             return Checkout::Wait(attempt.clone());
+        }
+        if entry.tunnels.iter().any(|slot| slot.tunnel.stream_limit() == 0) {
+            return Checkout::Refusing;
         }
         if entry.tunnels.len() >= MAX_TUNNELS_PER_KEY {
             return Checkout::Full;
@@ -193,5 +198,59 @@ impl<T: PooledTunnel, A: Clone> Pool<T, A> {
         if self.entries.get(key).is_some_and(|entry| entry.tunnels.is_empty() && entry.dialling.is_none()) {
             self.entries.remove(key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    struct Fake(Arc<AtomicU32>);
+
+    impl PooledTunnel for Fake {
+        fn is_open(&self) -> bool {
+            true
+        }
+
+        fn stream_limit(&self) -> u32 {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    fn key() -> Arc<PoolKey> {
+        Arc::new(PoolKey {
+            source_identity: SpiffeId::new("cluster.local", "default", "client"),
+            source: WorkloadUid("client".into()),
+            destination: WorkloadUid("far".into()),
+            expected: ExpectedServer::exactly(SpiffeId::new("cluster.local", "default", "far")),
+            address: SocketAddr::from(([10, 0, 0, 1], 15008)),
+        })
+    }
+
+    /// What a caller is told, without the handles.
+    fn told<T, A>(checkout: &Checkout<T, A>) -> &'static str {
+        match checkout {
+            Checkout::Use(..) => "use",
+            Checkout::Wait(_) => "wait",
+            Checkout::Dial(_) => "dial",
+            Checkout::Refusing => "refusing",
+            Checkout::Full => "full",
+        }
+    }
+
+    #[test]
+    fn an_end_that_takes_no_streams_is_not_dialled_again_and_used_when_it_takes_some() {
+        let (mut pool, key, limit) = (Pool::default(), key(), Arc::new(AtomicU32::new(0)));
+        assert_eq!(told(&pool.checkout(&key, || ())), "dial");
+        pool.dialled(&key, Fake(Arc::clone(&limit)), Instant::now());
+        for _ in 0..3 {
+            assert_eq!(told(&pool.checkout(&key, || ())), "refusing");
+        }
+        limit.store(1, Ordering::Relaxed);
+        assert_eq!(told(&pool.checkout(&key, || ())), "use");
+        assert_eq!(told(&pool.checkout(&key, || ())), "dial", "it is full, and there may be another");
     }
 }
