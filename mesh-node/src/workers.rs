@@ -31,6 +31,8 @@ use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
 const EXPIRE_EVERY: Duration = Duration::from_secs(10);
 /// How often a drain looks whether it is done.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
+/// Time for the workers to send resets.
+const RESET_WITHIN: Duration = Duration::from_secs(1);
 
 /// A workload that is being served, by all workers.
 #[derive(Debug)]
@@ -47,6 +49,11 @@ impl Serving {
     fn new(enrolled: Arc<Enrolled>) -> Self {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS_PER_WORKLOAD));
         Self { enrolled, phase: watch::Sender::new(Phase::Serving), permits }
+    }
+
+    /// Whether it has connections, tunnels, or some that are being set up.
+    fn is_busy(&self) -> bool {
+        self.permits.available_permits() < MAX_CONNECTIONS_PER_WORKLOAD
     }
 
     /// Whether connections that are being set up must be given up.
@@ -170,17 +177,20 @@ impl DataPath {
     /// Stops accepting, tells peers to go elsewhere, waits up to `deadline` for connections to end, resets the rest.
     pub async fn drain(&self, deadline: Duration) {
         self.all_enter(Phase::Draining);
-        let end = Instant::now() + deadline;
-        while self.connection_count() > 0 && Instant::now() < end {
-            sleep(DRAIN_POLL).await;
-        }
+        self.wait_for_connections(deadline).await;
         for connections in &self.connections {
             connections.close_all(&CloseReason::Drained);
         }
         self.all_enter(Phase::Stopped);
         // Resets are sent by the workers' tasks; those are as quick as the event loops.
-        let end = Instant::now() + Duration::from_secs(1);
-        while self.connection_count() > 0 && Instant::now() < end {
+        self.wait_for_connections(RESET_WITHIN).await;
+    }
+
+    /// Waits until nobody holds a permit: those that are accepted and not connected yet count too.
+    async fn wait_for_connections(&self, at_most: Duration) {
+        let end = Instant::now() + at_most;
+        let serving = Arc::clone(&self.desired.borrow().serving);
+        while serving.values().any(|serving| serving.is_busy()) && Instant::now() < end {
             sleep(DRAIN_POLL).await;
         }
     }

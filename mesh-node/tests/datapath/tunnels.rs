@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use mesh_core::snapshot::Change;
 use tokio::net::TcpStream;
 
-use crate::bed::{Bed, Ca, Gate, Served, identity, say, soon, workload};
+use crate::bed::{Bed, Ca, Gate, PATIENCE, Served, identity, say, soon, workload};
 
 /// `client` here and `far` on another node, whose tunnels are dialled through a gate.
 struct Scene {
@@ -64,4 +64,21 @@ async fn a_workload_that_is_removed_while_its_tunnel_is_dialled_gets_no_connecti
     scene.gate.let_through(2);
     let refused = soon("a refusal", say(&mut tcp, "to nobody")).await;
     assert!(refused.is_err(), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_is_being_set_up_survives_a_drain() {
+    let scene = Scene::new().await;
+    let mut tcp = scene.connect().await;
+    scene.gate.came(1).await;
+    let drain = scene.bed.path.drain(PATIENCE);
+    let carried = async {
+        scene.gate.let_through(1);
+        let answer = soon("an answer", say(&mut tcp, "late")).await;
+        drop(tcp);
+        answer
+    };
+    let ((), answer) = tokio::join!(drain, carried);
+    assert_eq!(answer.unwrap(), "late");
+    assert_eq!(scene.bed.path.connection_count(), 0);
 }
