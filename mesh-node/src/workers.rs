@@ -14,7 +14,7 @@ use mesh_api::admin::ConnectionRow;
 use mesh_core::workload::WorkloadUid;
 use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
 
 use crate::accept;
 use crate::access_log::AccessLog;
@@ -278,6 +278,7 @@ fn run_thread(
 async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
     let mut serving: BTreeMap<WorkloadUid, Arc<Serving>> = BTreeMap::new();
     let mut seen_view = 0;
+    let mut expire = expiry(EXPIRE_EVERY);
     loop {
         let now = desired.borrow_and_update().clone();
         // Those that are gone end by their phase; here they are only forgotten.
@@ -294,13 +295,54 @@ async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
             worker.connections.judge_again(&view);
             worker.tunnels.retain_valid(&view);
         }
-        tokio::select! {
-            changed = desired.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-            }
-            () = sleep(EXPIRE_EVERY) => worker.tunnels.expire(),
+        match next_turn(&mut desired, &mut expire).await {
+            Turn::Changed => {}
+            Turn::Expire => worker.tunnels.expire(),
+            Turn::End => return,
         }
+    }
+}
+
+/// What a worker has to do next.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    Changed,
+    Expire,
+    End,
+}
+
+/// The clock of [`Turn::Expire`]. It runs on whatever else there is to do: changes come oftener than tunnels expire.
+fn expiry(every: Duration) -> Interval {
+    let mut interval = interval_at(Instant::now() + every, every);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+async fn next_turn(desired: &mut watch::Receiver<Desired>, expire: &mut Interval) -> Turn {
+    tokio::select! {
+        changed = desired.changed() => if changed.is_ok() { Turn::Changed } else { Turn::End },
+        _ = expire.tick() => Turn::Expire,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn changes_without_end_do_not_keep_idle_tunnels_from_expiring() {
+        let sender = watch::Sender::new(Desired::default());
+        let mut desired = sender.subscribe();
+        let mut expire = expiry(Duration::from_millis(5));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            sender.send_modify(|desired| desired.view += 1);
+            if next_turn(&mut desired, &mut expire).await == Turn::Expire {
+                break;
+            }
+            assert!(Instant::now() < deadline, "nothing expires");
+        }
+        drop(sender);
+        while next_turn(&mut desired, &mut expire).await != Turn::End {}
     }
 }
