@@ -22,12 +22,15 @@ use tonic::transport::Channel;
 
 use crate::ca_client::{self, CaError, Issued};
 use crate::controller::{ControllerConfig, parse_certificates};
-use crate::runtime::{CertifiedIdentity, RootStore, Shared};
+use crate::runtime::{CertifiedIdentity, Shared};
 use crate::supervisor::client::StoreClient;
 use crate::supervisor::memfd;
 use crate::xds::Changed;
 
+mod roots;
 mod rows;
+
+use self::roots::{RequestNumber, Roots};
 
 /// Commands that wait: one for each workload that is being enrolled, and room.
 const COMMAND_QUEUE: usize = 1024;
@@ -94,7 +97,7 @@ impl CertificatesHandle {
     }
 }
 
-type Answer = (SpiffeId, Result<Issued, CaError>);
+type Answer = (SpiffeId, RequestNumber, Result<Issued, CaError>);
 
 /// The driver of the schedule.
 pub struct Certificates {
@@ -109,45 +112,17 @@ pub struct Certificates {
     errors: BTreeMap<SpiffeId, String>,
     waiters: HashMap<SpiffeId, Vec<oneshot::Sender<Result<(), String>>>>,
     roots: Roots,
+    /// What the file of roots said last. A change there says that the CA's answers will be others.
+    file: Vec<CertificateDer<'static>>,
+    /// The last request that was sent.
+    asked: RequestNumber,
+    /// The last one that was sent before the file of roots changed.
+    outdated: RequestNumber,
 }
 
 impl std::fmt::Debug for Certificates {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Certificates").field("held", &self.held.keys()).finish_non_exhaustive()
-    }
-}
-
-/// Where trust comes from: the CA's last answer, and the file that the controller itself is trusted by, which changes
-/// earlier when roots are rotated.
-#[derive(Debug, Default)]
-struct Roots {
-    from_ca: Vec<CertificateDer<'static>>,
-    from_file: Vec<CertificateDer<'static>>,
-    in_force: Arc<RootStore>,
-}
-
-impl Roots {
-    /// Recomputes what is trusted; true when it is something else than before.
-    fn settle(&mut self) -> bool {
-        let mut all: Vec<CertificateDer<'static>> = Vec::new();
-        for root in self.from_ca.iter().chain(&self.from_file) {
-            if !all.contains(root) {
-                all.push(root.clone());
-            }
-        }
-        if all == self.in_force.certificates {
-            return false;
-        }
-        match RootStore::new(all) {
-            Ok(store) => {
-                self.in_force = Arc::new(store);
-                true
-            }
-            Err(error) => {
-                tracing::error!(%error, "a root certificate cannot be used; the last roots stay in force");
-                false
-            }
-        }
     }
 }
 
@@ -174,10 +149,12 @@ impl Certificates {
             errors: BTreeMap::new(),
             waiters: HashMap::new(),
             roots: Roots::default(),
+            file: Vec::new(),
+            asked: 0,
+            outdated: 0,
         };
         certificates.restore(kept);
         certificates.look_at_root_file();
-        certificates.roots.settle();
         certificates.publish();
         (certificates, CertificatesHandle { commands: sender, rows: receiver })
     }
@@ -193,6 +170,10 @@ impl Certificates {
                 self.forget(name);
             }
         }
+        if self.roots.in_force().certificates.is_empty() {
+            // They prove nothing to those whom we cannot believe.
+            self.schedule.renew_all(now_secs(), 0, &mut rand::rng());
+        }
     }
 
     /// `id`: of a certificate; none for the roots.
@@ -200,7 +181,7 @@ impl Certificates {
         let bytes = memfd::unseal(fd).map_err(|e| e.to_string())?;
         let pem = String::from_utf8(bytes).map_err(|e| e.to_string())?;
         let Some(id) = id else {
-            self.roots.from_ca = parse_certificates(&pem)?;
+            self.roots.learn(self.asked, parse_certificates(&pem)?);
             return Ok(());
         };
         let id: SpiffeId = id.parse().map_err(|e: mesh_core::identity::InvalidSpiffeId| e.to_string())?;
@@ -235,14 +216,15 @@ impl Certificates {
         loop {
             // A request that has to wait here has not begun: its time runs from when it is sent.
             for id in self.schedule.due(now_secs(), MAX_REQUESTS - under_way.len(), &mut rand::rng()) {
-                under_way.push(ask(self.controller.clone(), channel.clone(), id));
+                self.asked += 1;
+                under_way.push(ask(self.controller.clone(), channel.clone(), id, self.asked));
             }
             // Without room only an answer makes a difference.
             let wake_at = if under_way.len() < MAX_REQUESTS { self.wake_at() } else { Instant::now() + LONGEST_SLEEP };
             tokio::select! {
                 () = cancel.cancelled() => return,
                 Some(command) = self.commands.recv() => self.obey(command),
-                Some((id, answer)) = under_way.next() => self.answered(&id, answer),
+                Some((id, request, answer)) = under_way.next() => self.answered(&id, request, answer),
                 () = sleep_until(wake_at) => {}
                 _ = tick.tick() => self.root_file_tick(),
             }
@@ -283,8 +265,11 @@ impl Certificates {
         }
     }
 
-    fn answered(&mut self, id: &SpiffeId, answer: Result<Issued, CaError>) {
-        let result = answer.map_err(|error| error.to_string()).and_then(|issued| self.adopt(id, issued));
+    fn answered(&mut self, id: &SpiffeId, request: RequestNumber, answer: Result<Issued, CaError>) {
+        let result = answer.map_err(|error| error.to_string()).and_then(|issued| self.adopt(id, request, issued));
+        if result.is_ok() && request <= self.outdated {
+            self.renew_all();
+        }
         match &result {
             Ok(()) => {
                 self.errors.remove(id);
@@ -303,8 +288,13 @@ impl Certificates {
         self.publish_rows();
     }
 
-    fn adopt(&mut self, id: &SpiffeId, issued: Issued) -> Result<(), String> {
+    fn adopt(&mut self, id: &SpiffeId, request: RequestNumber, issued: Issued) -> Result<(), String> {
         let Issued { identity, roots, pem } = issued;
+        if self.roots.learn(request, roots) {
+            tracing::info!(roots = self.roots.in_force().certificates.len(), "roots have changed");
+            self.keep_roots();
+            self.publish();
+        }
         let validity = (identity.not_before_secs, identity.not_after_secs);
         match self.schedule.issued(id, validity, now_secs(), &mut rand::rng()) {
             Adoption::Use => {}
@@ -315,30 +305,26 @@ impl Certificates {
         tracing::info!(%id, serial = identity.serial, not_after_secs = identity.not_after_secs, "certificate");
         self.held.insert(id.clone(), Arc::new(identity));
         self.keep(&format!("{CERT}{id}"), pem.as_bytes());
-        if roots != self.roots.from_ca {
-            self.roots.from_ca = roots;
-            self.roots.settle();
-            self.keep_roots();
-        }
         self.publish();
         Ok(())
     }
 
     fn root_file_tick(&mut self) {
         if self.look_at_root_file() {
-            self.schedule.renew_all(now_secs(), RENEW_WITHIN_SECS, &mut rand::rng());
-            if self.roots.settle() {
-                tracing::info!(roots = self.roots.in_force.certificates.len(), "roots have changed");
-                self.publish();
-            }
+            self.outdated = self.asked;
+            self.renew_all();
         }
+    }
+
+    fn renew_all(&mut self) {
+        self.schedule.renew_all(now_secs(), RENEW_WITHIN_SECS, &mut rand::rng());
     }
 
     /// Reads the file of roots; true when it says something else than before. One that cannot be read changes nothing.
     fn look_at_root_file(&mut self) -> bool {
         match self.controller.roots() {
-            Ok(roots) if roots != self.roots.from_file => {
-                self.roots.from_file = roots;
+            Ok(roots) if roots != self.file => {
+                self.file = roots;
                 true
             }
             Ok(_) => false,
@@ -350,7 +336,7 @@ impl Certificates {
     }
 
     fn publish(&self) {
-        self.shared.update(|view| view.with_certs(self.held.clone(), Arc::clone(&self.roots.in_force)));
+        self.shared.update(|view| view.with_certs(self.held.clone(), Arc::clone(self.roots.in_force())));
         (self.changed)();
         self.publish_rows();
     }
@@ -360,12 +346,12 @@ impl Certificates {
             schedule: self.schedule.clone(),
             held: self.held.clone(),
             errors: self.errors.clone(),
-            roots: Arc::clone(&self.roots.in_force),
+            roots: Arc::clone(self.roots.in_force()),
         });
     }
 
     fn keep_roots(&self) {
-        let pem: String = self.roots.from_ca.iter().map(rows::pem).collect();
+        let pem: String = self.roots.in_force().certificates.iter().map(rows::pem).collect();
         self.keep(ROOTS, pem.as_bytes());
     }
 
@@ -384,13 +370,18 @@ impl Certificates {
     }
 }
 
-fn ask(controller: ControllerConfig, channel: Channel, id: SpiffeId) -> BoxFuture<'static, Answer> {
+fn ask(
+    controller: ControllerConfig,
+    channel: Channel,
+    id: SpiffeId,
+    number: RequestNumber,
+) -> BoxFuture<'static, Answer> {
     // Ends before the schedule counts it as lost.
     let limit = Duration::from_secs(REQUEST_TIMEOUT_SECS - 1);
     async move {
         let request = ca_client::request(&controller, channel, &id);
         let answer = timeout(limit, request).await.unwrap_or(Err(CaError::Slow));
-        (id, answer)
+        (id, number, answer)
     }
     .boxed()
 }

@@ -234,3 +234,23 @@ fn plugged_roots_are_replaced_under_traffic_and_the_removed_one_opens_nothing() 
     let failed: Vec<_> = attempts.iter().filter(|attempt| !attempt.is_ok()).collect();
     assert!(failed.is_empty(), "{failed:?} of {}", attempts.len());
 }
+
+#[test]
+fn a_root_that_only_vouches_for_the_controller_lets_no_workload_in() {
+    let dir = Dir::new("foreign");
+    let foreign = PluggedCa::new("foreign");
+    write_roots(&dir.0, &[&foreign]);
+    let bed = bed("file", &[]);
+    let (runtime, leaf) = (runtime(), row(&bed, "node-b", FAR).certificates.remove(0));
+    let argv = bed.sandbox.node_argv("node-b").unwrap();
+    let at = argv.iter().position(|argument| argument == "--root-cert").expect("a flag");
+    let file = Path::new(&argv[at + 1]);
+    let both = fs::read_to_string(file).unwrap() + &fs::read_to_string(dir.0.join("root-cert.pem")).unwrap();
+    fs::write(dir.0.join("both.pem"), both).unwrap();
+    fs::copy(dir.0.join("both.pem"), file).unwrap();
+    // It has seen the file: that is what it asks for another certificate for.
+    renewed(&bed, "node-b", FAR, &leaf);
+    assert!(attempt(&bed, &runtime, &foreign).is_err(), "a peer of the controller's root");
+    assert_eq!(roots(&row(&bed, "node-b", FAR)), 1, "roots of workloads");
+    bed.stream("client", bed.address("far")).wait("traffic", Attempt::is_ok);
+}
