@@ -220,7 +220,7 @@ async fn tunnel(
     handshake: Place,
 ) {
     let accept::Accepted { tcp, peer, permit: _permit } = accepted;
-    let Some(_place) = worker.per_source.take(peer.ip()) else {
+    let Some(place) = worker.tunnels_per_source.take(peer.ip()) else {
         count(&worker.metrics.counters.connections_shed);
         complain(&worker, peer.ip(), "tunnels", &"too many tunnels from one address");
         reset_on_close(&tcp);
@@ -241,7 +241,8 @@ async fn tunnel(
     };
     count(&worker.metrics.counters.tunnels_accepted);
     let tunnel = Arc::new(tunnel);
-    let served = server::serve(io, serving.phase.subscribe(), tunnel.distrusted.notified(), |request| {
+    let (phase, retired) = (serving.phase.subscribe(), tunnel.distrusted.notified());
+    let served = server::serve(io, place.window, phase, retired, |request| {
         let (worker, serving, tunnel) = (Arc::clone(&worker), Arc::clone(&serving), Arc::clone(&tunnel));
         tokio::spawn(stream(worker, serving, tunnel, request));
     })

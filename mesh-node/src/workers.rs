@@ -23,7 +23,7 @@ use crate::dial::Namespaces;
 use crate::handshakes::Handshakes;
 use crate::hbone::client::Tunnels;
 use crate::hbone::server::Phase;
-use crate::limits::{MAX_CONNECTIONS_PER_WORKLOAD, MAX_TUNNELS_PER_SOURCE, PerSource};
+use crate::limits::{MAX_CONNECTIONS_PER_WORKLOAD, TunnelsPerSource};
 use crate::metrics::{LoggedPeers, Metrics};
 use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
 
@@ -80,8 +80,8 @@ pub struct Worker {
     pub metrics: Arc<Metrics>,
     /// Handshakes that are under way here.
     pub handshakes: Arc<Handshakes>,
-    /// Tunnels that each peer has here.
-    pub per_source: Arc<PerSource>,
+    /// Tunnels that each peer has, in all workers.
+    pub tunnels_per_source: Arc<TunnelsPerSource>,
     /// Peers that were complained about.
     pub logged: LoggedPeers,
     /// When this worker began; the clock of `logged`.
@@ -123,6 +123,7 @@ impl DataPath {
         let workers = config.workers.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let config = Arc::new(config);
         let desired = watch::Sender::new(Desired::default());
+        let tunnels_per_source = Arc::new(TunnelsPerSource::default());
         let mut all_connections = Vec::with_capacity(workers);
         for index in 0..workers {
             let connections = Connections::new(Arc::clone(&metrics), log.clone(), Arc::clone(&config.cluster));
@@ -133,6 +134,7 @@ impl DataPath {
                 original_dst: Arc::clone(&original_dst),
                 connections,
                 metrics: Arc::clone(&metrics),
+                tunnels_per_source: Arc::clone(&tunnels_per_source),
             };
             let watch = desired.subscribe();
             let (started, result) = std::sync::mpsc::sync_channel(1);
@@ -226,6 +228,7 @@ struct WorkerParts {
     original_dst: OriginalDst,
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
+    tunnels_per_source: Arc<TunnelsPerSource>,
 }
 
 impl WorkerParts {
@@ -242,7 +245,7 @@ impl WorkerParts {
             namespaces,
             metrics: self.metrics,
             handshakes: Arc::default(),
-            per_source: Arc::new(PerSource::new(MAX_TUNNELS_PER_SOURCE)),
+            tunnels_per_source: self.tunnels_per_source,
             logged: LoggedPeers::default(),
             started: Instant::now(),
         }))

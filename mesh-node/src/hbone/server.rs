@@ -88,10 +88,11 @@ pub struct Accepted {
     pub resets: Arc<ResetBudget>,
 }
 
-/// Serves one tunnel. `on_request` must not block; it hands the request to a task. From `retired` on the tunnel takes no
-/// further requests, as if its listener drained.
+/// Serves one tunnel, whose peer may send `window` bytes before an application reads. `on_request` must not block; it
+/// hands the request to a task. From `retired` on the tunnel takes no further requests, as if its listener drained.
 pub async fn serve<IO>(
     io: IO,
+    window: u32,
     mut phase: watch::Receiver<Phase>,
     retired: impl Future<Output = ()>,
     mut on_request: impl FnMut(Accepted),
@@ -100,7 +101,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let mut connection =
-        timeout(HANDSHAKE_TIMEOUT, builder().handshake(io)).await.map_err(|_| ServeError::SlowPreface)??;
+        timeout(HANDSHAKE_TIMEOUT, builder(window).handshake(io)).await.map_err(|_| ServeError::SlowPreface)??;
     let resets = Arc::new(ResetBudget::new(Instant::now()));
     let pings = connection.ping_pong();
     let mut dead = pin!(async {
@@ -153,15 +154,17 @@ async fn next_phase(phase: &mut watch::Receiver<Phase>, draining: bool) -> Phase
     phase.wait_for(wanted).await.map_or(Phase::Stopped, |phase| *phase)
 }
 
-fn builder() -> h2::server::Builder {
+fn builder(window: u32) -> h2::server::Builder {
+    // A small window holds fewer frames too.
+    let overhead = window as usize * (FRAME_OVERHEAD_BYTES / CONNECTION_WINDOW as usize);
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_window_size(STREAM_WINDOW.min(window))
+        .initial_connection_window_size(window)
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(REQUEST_HEADER_BYTES)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .data_frame_budget(FRAME_OVERHEAD_BYTES)
+        .data_frame_budget(overhead)
         .max_concurrent_streams(SERVER_STREAMS);
     builder
 }

@@ -17,6 +17,7 @@ use mesh_core::identity::SpiffeId;
 use mesh_core::snapshot::Change;
 use mesh_core::workload::{Health, NetworkMode, Tunnel, Workload, WorkloadType, WorkloadUid};
 use mesh_node::ca_client;
+use mesh_node::hbone::CONNECTION_WINDOW;
 use mesh_node::runtime::{
     CertifiedIdentity, DataPathConfig, Enrolled, Listeners, OriginalDst, RootStore, Shared, View,
 };
@@ -290,7 +291,11 @@ impl Peer {
         let config = tls::client_config(&self.identity, &self.roots, ExpectedServer::exactly(server.clone())).unwrap();
         let tcp = TcpStream::connect(to).await.unwrap();
         let tls = TlsConnector::from(config).connect(ServerName::from(to.ip()), tcp).await.unwrap();
-        let (send, driver) = h2::client::Builder::new().handshake::<_, Bytes>(tls).await.unwrap();
+        let (send, driver) = h2::client::Builder::new()
+            .max_send_buffer_size(CONNECTION_WINDOW as usize)
+            .handshake::<_, Bytes>(tls)
+            .await
+            .unwrap();
         tokio::spawn(async move {
             // Its end shows in the streams.
             let _ended = driver.await;

@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 mod bed;
+mod bounds;
 mod trust;
 mod tunnels;
