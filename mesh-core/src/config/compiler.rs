@@ -30,6 +30,8 @@ pub struct Compiler {
     refused: BTreeMap<ObjectKey, Vec<Problem>>,
     /// How many workloads each policy selects.
     selected: BTreeMap<ObjectKey, usize>,
+    /// On how many workloads a PeerAuthentication is ignored because an older one counts: by both.
+    outranked: BTreeMap<(ObjectKey, ObjectKey), usize>,
     started: bool,
 }
 
@@ -48,7 +50,7 @@ struct Derived {
     workloads: Vec<Arc<Workload>>,
     service: Option<Arc<Service>>,
     policy: Option<Arc<Policy>>,
-    selected_by: Vec<ObjectKey>,
+    selectors: workloads::Selectors,
 }
 
 impl Compiler {
@@ -61,6 +63,7 @@ impl Compiler {
             problems: BTreeMap::new(),
             refused: BTreeMap::new(),
             selected: BTreeMap::new(),
+            outranked: BTreeMap::new(),
             started: false,
         }
     }
@@ -256,17 +259,8 @@ impl Compiler {
         if old == new {
             return;
         }
-        for policy in &new.selected_by {
-            *self.selected.entry(policy.clone()).or_default() += 1;
-        }
-        for policy in &old.selected_by {
-            if let Some(count) = self.selected.get_mut(policy) {
-                *count -= 1;
-                if *count == 0 {
-                    self.selected.remove(policy);
-                }
-            }
-        }
+        recount(&mut self.selected, &old.selectors.selected_by, &new.selectors.selected_by);
+        recount(&mut self.outranked, &old.selectors.outranked, &new.selectors.outranked);
         changes.between(&old, &new);
     }
 
@@ -342,6 +336,11 @@ impl Compiler {
                 all.push(peer_authentication::hidden_by(object, winner));
             }
         }
+        for ((younger, older), count) in &self.outranked {
+            if let Some(object) = self.inputs.authentications.get(&younger.namespace, &younger.name) {
+                all.push(peer_authentication::outranked_by(object, &older.name, *count));
+            }
+        }
         all.sort_unstable();
         all
     }
@@ -360,7 +359,7 @@ impl Compiler {
 impl Derived {
     fn set_workload(&mut self, selected: workloads::Selected) {
         self.workloads = selected.workload.map(Arc::new).into_iter().collect();
-        self.selected_by = selected.selected_by;
+        self.selectors = selected.selectors;
     }
 }
 
@@ -402,6 +401,21 @@ impl Changes {
         let workloads = self.upserted_workloads.into_iter().map(Change::UpsertWorkload);
         let removed = self.removed_workloads.into_iter().chain(self.removed_services).chain(self.removed_policies);
         policies.chain(services).chain(workloads).chain(removed).collect()
+    }
+}
+
+/// Takes what is counted of one object to what is counted of it now.
+fn recount<K: Ord + Clone>(counts: &mut BTreeMap<K, usize>, old: &[K], new: &[K]) {
+    for key in new {
+        *counts.entry(key.clone()).or_default() += 1;
+    }
+    for key in old {
+        if let Some(count) = counts.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(key);
+            }
+        }
     }
 }
 

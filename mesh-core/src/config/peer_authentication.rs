@@ -63,6 +63,21 @@ pub(crate) fn hidden_by(policy: &PeerAuthentication, winner: &PeerAuthentication
     findings.into_problems().remove(0)
 }
 
+/// A warning for one with a selector that is ignored on workloads that an older one selects, too.
+pub(crate) fn outranked_by(policy: &PeerAuthentication, older: &str, workloads: usize) -> Problem {
+    let key = ObjectKey::new(Kind::PeerAuthentication, &policy.meta.namespace, &policy.meta.name);
+    let mut findings = Findings::about(key, &policy.meta);
+    findings.warn(
+        Code::NotEffective,
+        "spec.selector",
+        format!(
+            "on {workloads} of its workloads {older} counts, which is older or sorts first; this one is ignored there"
+        ),
+        "merge the two, or change the selectors so that each workload has one PeerAuthentication",
+    );
+    findings.into_problems().remove(0)
+}
+
 /// Which of several at one level counts: the oldest, of the same age the one whose name sorts first.
 pub(crate) fn oldest<'a>(
     policies: impl Iterator<Item = &'a Arc<PeerAuthentication>>,
@@ -120,4 +135,59 @@ fn no_identity() -> Clause {
 
 fn deny(name: PolicyName, clauses: Vec<Clause>) -> Policy {
     Policy { name, scope: PolicyScope::Workload, action: Action::Deny, dry_run: false, rules: vec![Rule { clauses }] }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::objects::{Meta, Object, Pod};
+    use crate::config::{Compiler, Delta, Settings};
+
+    use super::*;
+
+    fn meta(name: &str, created_secs: u64) -> Meta {
+        Meta { namespace: "ns".into(), name: name.into(), created_secs, ..Meta::default() }
+    }
+
+    fn pod(name: &str, labels: &[&str]) -> Delta {
+        let labels = labels.iter().map(|label| (Arc::from(*label), Arc::from("x"))).collect();
+        let ip = format!("10.0.0.{}", name.len()).parse().expect("an address");
+        Delta::Upsert(Object::Pod(Pod { meta: Meta { labels, ..meta(name, 0) }, ips: vec![ip], ..Pod::default() }))
+    }
+
+    fn authentication(name: &str, created_secs: u64, label: &str) -> Delta {
+        let selector = [(Arc::from(label), Arc::from("x"))].into();
+        let mode = MtlsMode::Strict;
+        let policy = PeerAuthentication { meta: meta(name, created_secs), selector, mode, ..Default::default() };
+        Delta::Upsert(Object::PeerAuthentication(policy))
+    }
+
+    #[test]
+    fn of_several_that_select_a_workload_those_that_are_ignored_are_reported() {
+        let mut compiler = Compiler::new(Settings::default());
+        let mut check = |deltas: &[Delta], expected: &[&str]| {
+            let problems = compiler.compile(deltas).problems;
+            let found: Vec<String> =
+                problems.iter().map(|p| format!("{} {} {}: {}", p.code, p.object.name, p.field, p.message)).collect();
+            assert_eq!(found, expected);
+        };
+        let young = "MESH108 young spec.selector: on 2 of its workloads old counts, which is older or sorts first; \
+                     this one is ignored there";
+        let pods = [pod("p", &["a"]), pod("pp", &["a", "b"]), pod("ppp", &["a", "b", "c"])];
+        check(&[&pods[..], &[authentication("young", 2, "a"), authentication("old", 1, "b")]].concat(), &[young]);
+        check(
+            &[authentication("middle", 1, "c")],
+            &[
+                // Of the same age, the name that sorts first counts.
+                "MESH108 old spec.selector: on 1 of its workloads middle counts, which is older or sorts first; \
+                 this one is ignored there",
+                "MESH108 young spec.selector: on 1 of its workloads middle counts, which is older or sorts first; \
+                 this one is ignored there",
+                "MESH108 young spec.selector: on 1 of its workloads old counts, which is older or sorts first; \
+                 this one is ignored there",
+            ],
+        );
+        let gone = |name: &str| Delta::Remove(ObjectKey::new(Kind::PeerAuthentication, "ns", name));
+        check(&[gone("middle")], &[young]);
+        check(&[gone("old")], &[]);
+    }
 }

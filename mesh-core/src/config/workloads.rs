@@ -67,7 +67,15 @@ pub fn enrolment(namespace: Option<&Namespace>, pod: &Pod) -> Enrolment {
 /// A workload and the policies whose selectors chose it.
 pub(crate) struct Selected {
     pub(crate) workload: Option<Workload>,
+    pub(crate) selectors: Selectors,
+}
+
+/// Objects whose selectors chose a workload.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Selectors {
     pub(crate) selected_by: Vec<ObjectKey>,
+    /// PeerAuthentications among them that are ignored, each with the older one that counts.
+    pub(crate) outranked: Vec<(ObjectKey, ObjectKey)>,
 }
 
 /// The identity that a pod runs under.
@@ -91,11 +99,11 @@ pub(crate) fn of_pod(pod: &Pod, inputs: &Inputs, settings: &Settings, findings: 
         (false, false) => owned(&pod.ips, &key, inputs, findings),
     };
     if addresses.is_empty() {
-        return Selected { workload: None, selected_by: Vec::new() };
+        return Selected { workload: None, selectors: Selectors::default() };
     }
     let namespace = inputs.namespace(&meta.namespace);
     let (workload_type, workload_name) = owner(pod);
-    let (policies, selected_by) = policies(&meta.namespace, &meta.labels, inputs, settings);
+    let (policies, selectors) = policies(&meta.namespace, &meta.labels, inputs, settings);
     let enrolment = enrolment(namespace.map(|n| &**n), pod);
     let (services, healthy_by_slice) = services_of_pod(pod, inputs);
     let ready = pod.ready.or(healthy_by_slice).unwrap_or(true);
@@ -125,7 +133,7 @@ pub(crate) fn of_pod(pod: &Pod, inputs: &Inputs, settings: &Settings, findings: 
         policies,
         services,
     };
-    Selected { workload: Some(workload), selected_by }
+    Selected { workload: Some(workload), selectors }
 }
 
 /// A WorkloadEntry's workload. It is in the mesh only when it says that it speaks HBONE.
@@ -142,9 +150,9 @@ pub(crate) fn of_entry(
     let ip: Option<IpAddr> = entry.address.parse().ok();
     let addresses = owned(&Vec::from_iter(ip), &key, inputs, findings);
     if ip.is_some() && addresses.is_empty() {
-        return Selected { workload: None, selected_by: Vec::new() };
+        return Selected { workload: None, selectors: Selectors::default() };
     }
-    let (policies, selected_by) = policies(&meta.namespace, &labels, inputs, settings);
+    let (policies, selectors) = policies(&meta.namespace, &labels, inputs, settings);
     let services = inputs
         .services_selecting(&meta.namespace, &labels)
         .map(|s| (s.key.clone(), services::ports_of_entry(&s.object, &entry.ports)))
@@ -176,7 +184,7 @@ pub(crate) fn of_entry(
         policies,
         services,
     };
-    Selected { workload: Some(workload), selected_by }
+    Selected { workload: Some(workload), selectors }
 }
 
 /// Workloads for endpoints of a slice that are no pods, one per address.
@@ -284,7 +292,7 @@ fn policies(
     labels: &Labels,
     inputs: &Inputs,
     settings: &Settings,
-) -> (Vec<PolicyName>, Vec<ObjectKey>) {
+) -> (Vec<PolicyName>, Selectors) {
     let mut selected_by = Vec::new();
     let mut names = Vec::new();
     let mut add = |input: &AuthorizationInput| {
@@ -303,15 +311,16 @@ fn policies(
     }
     let authentications: Vec<&Arc<PeerAuthentication>> =
         if namespace == root { Vec::new() } else { inputs.authentications_selecting(namespace, labels).collect() };
-    for policy in &authentications {
-        selected_by.push(ObjectKey::new(Kind::PeerAuthentication, &policy.meta.namespace, &policy.meta.name));
-    }
-    let oldest = peer_authentication::oldest(authentications.into_iter());
+    let key = |p: &Arc<PeerAuthentication>| ObjectKey::new(Kind::PeerAuthentication, &p.meta.namespace, &p.meta.name);
+    selected_by.extend(authentications.iter().map(|p| key(p)));
+    let oldest = peer_authentication::oldest(authentications.iter().copied());
+    let younger = authentications.iter().filter(|p| oldest.is_some_and(|oldest| oldest.meta.name != p.meta.name));
+    let outranked = younger.filter_map(|p| Some((key(p), key(oldest?)))).collect();
     let inherited = inputs.namespace_refuses_plaintext(namespace, settings);
     names.extend(peer_authentication::policy_for(inherited, oldest.map(|p| &**p), root));
     names.sort_unstable();
     names.dedup();
-    (names, selected_by)
+    (names, Selectors { selected_by, outranked })
 }
 
 /// Kind and name of what a pod belongs to, for telemetry.
