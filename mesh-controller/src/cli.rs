@@ -71,7 +71,8 @@ struct RunArgs {
     /// Life of workload certificates, at most 90d
     #[arg(long, env = "MESH_LEAF_TTL", default_value = "24h", value_name = "DURATION", value_parser = parse_duration)]
     leaf_ttl: Duration,
-    /// Directory with ca-cert.pem, ca-key.pem, root-cert.pem and cert-chain.pem to use in place of a root of our own
+    /// Directory with ca-cert.pem, ca-key.pem (ECDSA P-256 or P-384, or RSA), root-cert.pem and cert-chain.pem to use in
+    /// place of a root of our own
     #[arg(long, env = "MESH_CACERTS", value_name = "DIR")]
     cacerts: Option<PathBuf>,
     /// Names and addresses in the server's certificate, besides the usual ones

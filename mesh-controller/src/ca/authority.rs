@@ -50,7 +50,7 @@ pub enum AuthorityError {
     #[error("{0} does not hold a PEM certificate")]
     NoCertificate(&'static str),
     /// A key cannot be read, or is of another type.
-    #[error("{0} does not hold an ECDSA P-256 private key")]
+    #[error("{0} does not hold an ECDSA private key of P-256 or P-384, or an RSA one of 2048 to 8192 bits")]
     NoKey(&'static str),
     /// Key and certificate do not belong together.
     #[error("ca-key.pem is not the key of ca-cert.pem")]
@@ -101,10 +101,7 @@ pub struct SignerPem {
 impl Authority {
     /// Takes a signer into use, after checking that its certificates will be accepted.
     pub fn from_pem(pem: &SignerPem, now: OffsetDateTime) -> Result<Self, AuthorityError> {
-        let key = KeyPair::from_pem(&pem.key).map_err(|_| AuthorityError::NoKey("ca-key.pem"))?;
-        if key.algorithm() != &rcgen::PKCS_ECDSA_P256_SHA256 {
-            return Err(AuthorityError::NoKey("ca-key.pem"));
-        }
+        let key = signer_key(&pem.key).ok_or(AuthorityError::NoKey("ca-key.pem"))?;
         let cert = certificates(&pem.cert).into_iter().next().ok_or(AuthorityError::NoCertificate("ca-cert.pem"))?;
         let roots = certificates(&pem.roots);
         if roots.is_empty() {
@@ -208,7 +205,8 @@ impl Authority {
         let at =
             UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.unix_timestamp().try_into().unwrap_or(0)));
         let usage = webpki::KeyUsage::client_auth();
-        leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, &issued.chain[1..], at, usage, None, None)
+        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all;
+        leaf.verify_for_usage(algorithms, &anchors, &issued.chain[1..], at, usage, None, None)
             .map(|_| ())
             .map_err(untrusted)
     }
@@ -227,6 +225,13 @@ impl Authority {
     pub fn not_after(&self) -> OffsetDateTime {
         self.not_after
     }
+}
+
+/// The key that signs, in PKCS#8 or the older forms that openssl writes. Leaves are P-256, whatever signs them.
+fn signer_key(pem: &str) -> Option<KeyPair> {
+    let signs = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_RSA_SHA256];
+    let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok()?;
+    KeyPair::try_from(&key).ok().filter(|key| signs.contains(&key.algorithm()))
 }
 
 /// A new self-signed root: certificate and key as PEM.
@@ -333,18 +338,26 @@ mod tests {
     }
 
     fn plugged() -> SignerPem {
+        plugged_with(&KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap().serialize_pem())
+    }
+
+    /// A signer below a root.
+    fn plugged_with(key: &str) -> SignerPem {
         let root = self_signed();
         let root_key = KeyPair::from_pem(&root.key).unwrap();
         let issuer = Issuer::from_ca_cert_pem(&root.cert, root_key).unwrap();
-        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let cert = ca_params().signed_by(&signer_key(key).expect(key), &issuer).unwrap().pem();
+        let chain = format!("{cert}{}", root.cert);
+        SignerPem { cert, key: key.to_owned(), chain, roots: root.roots }
+    }
+
+    fn ca_params() -> CertificateParams {
         let mut params = CertificateParams::default();
         (params.not_before, params.not_after) = (now() - BACKDATE, now() + Duration::days(30));
         params.distinguished_name.push(DnType::CommonName, "intermediate");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let cert = params.signed_by(&key, &issuer).unwrap().pem();
-        let chain = format!("{cert}{}", root.cert);
-        SignerPem { cert, key: key.serialize_pem(), chain, roots: root.roots }
+        params
     }
 
     #[test]
@@ -356,6 +369,30 @@ mod tests {
         assert_eq!(issued.chain[1], certificates(&plugged.cert)[0]);
         assert_eq!(issued.not_after, now() + Duration::days(30));
         assert_eq!(authority.bundle_pem(), plugged.roots);
+    }
+
+    #[test]
+    fn a_plugged_signer_may_have_any_usual_key() {
+        let keys = [
+            ("P-256 behind its parameters", include_str!("../../tests/data/keys/p256-with-parameters.pem")),
+            ("P-384", include_str!("../../tests/data/keys/p384-sec1.pem")),
+            ("RSA, PKCS#1", include_str!("../../tests/data/keys/rsa-pkcs1.pem")),
+            ("RSA, PKCS#8", include_str!("../../tests/data/keys/rsa-pkcs8.pem")),
+        ];
+        for (name, key) in keys {
+            let below_a_root = plugged_with(key);
+            let cert = ca_params().self_signed(&signer_key(key).unwrap()).unwrap().pem();
+            let itself = SignerPem { roots: cert.clone(), cert, key: key.to_owned(), chain: String::new() };
+            for (pem, length) in [(below_a_root, 2), (itself, 1)] {
+                let authority = Authority::from_pem(&pem, now()).unwrap_or_else(|e| panic!("{name}: {e}"));
+                let issued = leaf(&authority, DEFAULT_LEAF_TTL, now());
+                assert_eq!(issued.chain.len(), length, "{name}");
+                let (_, cert) = X509Certificate::from_der(&issued.chain[0]).unwrap();
+                let p256 = "1.2.840.10045.3.1.7";
+                let curve = cert.public_key().algorithm.parameters.as_ref().unwrap().as_oid().unwrap();
+                assert_eq!(curve.to_id_string(), p256, "{name}: a leaf is P-256");
+            }
+        }
     }
 
     #[test]
@@ -371,6 +408,8 @@ mod tests {
         refuse(&|p| p.cert.clear(), "ca-cert.pem does not hold");
         refuse(&|p| p.key = "junk".into(), "ca-key.pem does not hold");
         refuse(&|p| p.key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem(), "P-256");
+        refuse(&|p| p.key = include_str!("../../tests/data/keys/rsa-1024.pem").into(), "RSA one of 2048");
+        refuse(&|p| p.key = include_str!("../../tests/data/keys/p521.pem").into(), "P-256 or P-384");
         refuse(&|p| p.key = other.key.clone(), "not the key of");
         refuse(&|p| p.roots.clear(), "root-cert.pem does not hold");
         refuse(&|p| p.roots = other.roots.clone(), "does not lead to a root");
