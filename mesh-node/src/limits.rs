@@ -20,50 +20,6 @@ pub const LEAST_WINDOW: u32 = 65_535;
 /// hundreds has some.
 const WINDOW_SHARE: u32 = 8;
 
-/// Counts what each peer has.
-#[derive(Debug)]
-pub struct PerSource {
-    limit: usize,
-    taken: Mutex<HashMap<IpAddr, usize>>,
-}
-
-/// One of a peer's places, given back when dropped.
-#[derive(Debug)]
-pub struct SourcePlace {
-    all: Arc<PerSource>,
-    source: IpAddr,
-}
-
-impl PerSource {
-    /// Nobody has anything yet, and nobody may have more than `limit`.
-    pub fn new(limit: usize) -> Self {
-        Self { limit, taken: Mutex::default() }
-    }
-
-    /// Takes a place for `source`, if it has not too many.
-    pub fn take(self: &Arc<Self>, source: IpAddr) -> Option<SourcePlace> {
-        let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = all.get(&source).copied().unwrap_or_default();
-        if taken >= self.limit {
-            return None;
-        }
-        all.insert(source, taken + 1);
-        Some(SourcePlace { all: Arc::clone(self), source })
-    }
-}
-
-impl Drop for SourcePlace {
-    fn drop(&mut self) {
-        let mut all = self.all.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = all.get_mut(&self.source) {
-            *taken -= 1;
-            if *taken == 0 {
-                all.remove(&self.source);
-            }
-        }
-    }
-}
-
 /// The tunnels of each peer, in all workers, and the windows that they were given.
 #[derive(Debug, Default)]
 pub struct TunnelsPerSource {

@@ -11,7 +11,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_node::dial::{KEEPALIVE_IDLE, Namespaces, SOURCE_MARK, Source, connect_application};
+use mesh_ebpf_common::INNER_MARK;
+use mesh_node::dial::{KEEPALIVE_IDLE, Namespaces, Source, connect_application};
 use mesh_tests::ends::{
     Ends, Family, Pattern, ROUTES, Route, connections_of, every_route, is_reset, is_reset_without_reading, reset,
 };
@@ -223,7 +224,7 @@ fn small_writes_are_not_held_back_and_a_peer_that_vanishes_is_noticed() {
         for socket in sockets.iter().filter(carries) {
             let what = format!("{node}: {:?} to {:?}", socket.local_addr(), socket.peer_addr());
             assert!(socket.nodelay().unwrap(), "{what}: TCP_NODELAY");
-            if getsockopt(socket, sockopt::Mark).unwrap() == SOURCE_MARK {
+            if getsockopt(socket, sockopt::Mark).unwrap() == INNER_MARK {
                 // Both ends are in this kernel: the application cannot vanish without a word.
                 seen.0 += 1;
                 continue;
