@@ -27,14 +27,15 @@ use crate::certificates::{Certificates, CertificatesHandle};
 use crate::config::Config;
 use crate::controller::ControllerConfig;
 use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
+use crate::logging;
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
 use crate::runtime::{OriginalDst, Shared};
+use crate::snapshot_store::{self, Storage};
 use crate::supervisor::client::{Kept, StoreClient};
 use crate::supervisor::{EXIT_CONFIG, process};
 use crate::workers::DataPath;
 use crate::xds::{XdsClient, XdsStatus};
-use crate::{logging, snapshot_store};
 
 /// Threads of everything but the data path.
 const CONTROL_THREADS: usize = 2;
@@ -92,7 +93,7 @@ async fn run(config: &Config, log: LogHandle) -> anyhow::Result<()> {
 struct App {
     datapath: Arc<DataPath>,
     tasks: JoinSet<&'static str>,
-    /// Ends what must not meet the next proxy: enrolment, and accepting on ports that the next one has too.
+    /// Ends what must not meet the next proxy: enrolment, storing, and accepting on ports that the next one has too.
     hand_on: CancellationToken,
     /// Ends the rest.
     end: CancellationToken,
@@ -121,9 +122,10 @@ impl App {
             warn!(%error, "stored configuration cannot be used");
             None
         });
+        let hand_on = CancellationToken::new();
         let (xds, xds_status) = XdsClient::new(
             controller.clone(),
-            config.state_dir.clone(),
+            Storage { dir: config.state_dir.clone(), handed_on: hand_on.clone() },
             stored,
             Arc::clone(&shared),
             Arc::clone(&changed),
@@ -148,13 +150,7 @@ impl App {
         let (session, enrolment) = Session::new(config.agent_socket.clone(), roster, enrol_metrics);
         info!(adopted = enrolment.borrow().adopted, elapsed = ?started.elapsed(), "workloads are served");
 
-        let app = Self {
-            datapath,
-            tasks: JoinSet::new(),
-            hand_on: CancellationToken::new(),
-            end: CancellationToken::new(),
-            store,
-        };
+        let app = Self { datapath, tasks: JoinSet::new(), hand_on, end: CancellationToken::new(), store };
         let parts = Parts { xds, xds_status, certificates, certificates_handle, session, enrolment };
         let outside = Outside { capture, shared, registry, log, metrics_socket, ready_socket, started };
         app.spawn_all(config, parts, outside)

@@ -1,7 +1,8 @@
 //! The last good configuration on disk, so that a restart without a controller decides as before.
 //!
 //! One file, replaced as a whole: a line with format, checksum and length, then the resources as they go over the wire.
-//! A file that does not check out is refused as a whole: without one of its policies it would let in too much.
+//! A file that does not check out is refused as a whole: without one of its policies it would let in too much. While one
+//! proxy takes over from another there are two writers, so each write has a file of its own until it is whole.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,6 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use mesh_api::proto::xds;
 use mesh_api::wds::{self, WireError};
@@ -16,11 +18,16 @@ use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use mesh_core::snapshot::{Change, Snapshot};
 use prost::Message;
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 /// Name of the file in the state directory.
 const FILE: &str = "snapshot";
 /// First word of the file; another version of the format gets another one.
 const FORMAT: &str = "mesh-snapshot-1";
+/// End of the name of a file that is being written.
+const UNFINISHED: &str = ".new";
+/// An unfinished file that was not written to for so long is nobody's any more: a write takes less than a second.
+const ABANDONED_AFTER: Duration = Duration::from_secs(60);
 /// Longest header line, bytes.
 const MAX_HEADER_BYTES: usize = 256;
 /// Largest file that is read, bytes: a mesh of 500,000 workloads.
@@ -36,6 +43,22 @@ pub struct Stored {
     pub changes: Vec<Change>,
     /// Versions of workloads and services, and of policies, as the controller named them.
     pub versions: [Versions; 2],
+}
+
+/// Where a process stores, as long as it is the one that serves.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    /// The state directory.
+    pub dir: PathBuf,
+    /// From here on another process stores there; what we have may be older.
+    pub handed_on: CancellationToken,
+}
+
+impl Storage {
+    /// As [`save`], unless another process has taken over.
+    pub fn save(&self, snapshot: &Snapshot, versions: &[Versions; 2]) -> io::Result<()> {
+        if self.handed_on.is_cancelled() { Ok(()) } else { save(&self.dir, snapshot, versions) }
+    }
 }
 
 /// Why a stored configuration is not used.
@@ -80,8 +103,9 @@ pub fn type_index(type_url: &str) -> Option<usize> {
     [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL].iter().position(|known| *known == type_url)
 }
 
-/// Reads what was stored; none when there is no file.
+/// Reads what was stored; none when there is no file. Removes what killed writers left.
 pub fn load(state_dir: &Path) -> Result<Option<Stored>, StoreError> {
+    remove_abandoned(state_dir);
     let path = state_dir.join(FILE);
     let mut bytes = Vec::new();
     match File::open(&path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)) {
@@ -133,14 +157,35 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Stored, StoreError> {
 /// Writes a configuration in place of the last one. Atomic: a crash leaves the old file or the new one. Blocks.
 pub fn save(state_dir: &Path, snapshot: &Snapshot, versions: &[Versions; 2]) -> io::Result<()> {
     let body = encode(snapshot, versions);
-    let path = state_dir.join(FILE);
-    let new = state_dir.join(format!("{FILE}.new"));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    writeln!(file, "{FORMAT} {} {}", hex(&Sha256::digest(&body)), body.len())?;
-    file.write_all(&body)?;
-    file.sync_all()?;
-    fs::rename(&new, &path)?;
+    let new = state_dir.join(format!("{FILE}.{:016x}{UNFINISHED}", rand::random::<u64>()));
+    let written = write(&new, &body).and_then(|()| fs::rename(&new, state_dir.join(FILE)));
+    if let Err(error) = written {
+        // It may not even be there; the first error is what there is to say.
+        let _ = fs::remove_file(&new);
+        return Err(error);
+    }
     File::open(state_dir)?.sync_all()
+}
+
+fn write(path: &Path, body: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    writeln!(file, "{FORMAT} {} {}", hex(&Sha256::digest(body)), body.len())?;
+    file.write_all(body)?;
+    file.sync_all()
+}
+
+/// What cannot be looked at or removed does no harm but take room.
+fn remove_abandoned(state_dir: &Path) {
+    for entry in fs::read_dir(state_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with(FILE) || !name.ends_with(UNFINISHED) {
+            continue;
+        }
+        let modified = entry.metadata().and_then(|metadata| metadata.modified());
+        if modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age >= ABANDONED_AFTER)) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 fn encode(snapshot: &Snapshot, versions: &[Versions; 2]) -> Vec<u8> {

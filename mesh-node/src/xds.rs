@@ -5,7 +5,6 @@
 
 mod held;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use tonic::{Request, Streaming};
 
 use crate::controller::{ControllerConfig, FileError, explain};
 use crate::runtime::Shared;
-use crate::snapshot_store::{self, Stored, type_index};
+use crate::snapshot_store::{Storage, Stored, type_index};
 
 use held::{Accepted, Held};
 
@@ -98,7 +97,7 @@ enum StreamError {
 /// The client, and what it holds.
 pub struct XdsClient {
     controller: ControllerConfig,
-    state_dir: PathBuf,
+    storage: Storage,
     shared: Arc<Shared>,
     changed: Changed,
     status: watch::Sender<XdsStatus>,
@@ -119,7 +118,7 @@ impl XdsClient {
     /// A client that begins with what was stored, which is put in force at once.
     pub fn new(
         controller: ControllerConfig,
-        state_dir: PathBuf,
+        storage: Storage,
         stored: Option<Stored>,
         shared: Arc<Shared>,
         changed: Changed,
@@ -129,7 +128,7 @@ impl XdsClient {
         let (status, receiver) = watch::channel(XdsStatus::default());
         let client = Self {
             controller,
-            state_dir,
+            storage,
             shared,
             changed,
             status,
@@ -284,11 +283,11 @@ impl XdsClient {
             return;
         }
         self.stored = Some(Instant::now());
-        let (snapshot, versions) = (Arc::clone(&self.held.snapshot), self.held.versions.clone());
-        let dir = self.state_dir.clone();
-        let saved = tokio::task::spawn_blocking(move || snapshot_store::save(&dir, &snapshot, &versions)).await;
+        let (storage, snapshot) = (self.storage.clone(), Arc::clone(&self.held.snapshot));
+        let versions = self.held.versions.clone();
+        let saved = tokio::task::spawn_blocking(move || storage.save(&snapshot, &versions)).await;
         if let Err(error) = saved.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked))) {
-            tracing::warn!(dir = %self.state_dir.display(), %error, "configuration not stored; trying again");
+            tracing::warn!(dir = %self.storage.dir.display(), %error, "configuration not stored; trying again");
             self.store_at = Some(Instant::now() + COMPLAIN_EVERY);
         }
     }

@@ -12,8 +12,9 @@ use mesh_api::proto::workload::{Address, Workload, address};
 use mesh_api::wds;
 use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope};
 use mesh_core::snapshot::{Change, Snapshot};
-use mesh_node::snapshot_store::{StoreError, load, save};
+use mesh_node::snapshot_store::{Storage, StoreError, load, save};
 use prost::Message;
+use tokio_util::sync::CancellationToken;
 
 /// Where the process that is killed writes.
 const DIR: &str = "MESH_TEST_SNAPSHOT_DIR";
@@ -89,6 +90,64 @@ fn write_until_killed(dir: &Path) -> ! {
     }
 }
 
+/// Files that are being written.
+fn unfinished(dir: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "new")).collect()
+}
+
+#[test]
+fn two_writers_at_once_leave_one_of_both_whole() {
+    let dir = TempDir::new("two");
+    let writer = |node: &'static str| {
+        let dir = dir.0.clone();
+        std::thread::spawn(move || {
+            let snapshot = snapshot(MANY, node);
+            for _ in 0..20 {
+                save(&dir, &snapshot, &Default::default()).unwrap();
+            }
+        })
+    };
+    let writers = [writer("node-a"), writer("node-b")];
+    let mut looks = 0;
+    while writers.iter().any(|writer| !writer.is_finished()) {
+        if dir.file().exists() {
+            let (nodes, workloads, policies) = read(&dir.0);
+            assert!(nodes == ["node-a"] || nodes == ["node-b"], "a mixture: {nodes:?}");
+            assert_eq!((workloads, policies), (MANY, 1));
+            looks += 1;
+        }
+    }
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    assert!(looks > 0, "nothing was read while they wrote");
+    assert!(unfinished(&dir.0).is_empty());
+}
+
+#[test]
+fn a_process_that_handed_on_leaves_what_its_successor_stored() {
+    let dir = TempDir::new("handed");
+    let handed_on = CancellationToken::new();
+    let predecessor = Storage { dir: dir.0.clone(), handed_on: handed_on.clone() };
+    predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
+    handed_on.cancel();
+    save(&dir.0, &snapshot(4, "node-b"), &Default::default()).unwrap();
+    predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-b".to_owned()], 4, 1));
+}
+
+#[test]
+fn what_killed_writers_left_is_removed_when_it_is_old() {
+    let dir = TempDir::new("left");
+    let (old, fresh) = (dir.0.join("snapshot.0123456789abcdef.new"), dir.0.join("snapshot.fedcba9876543210.new"));
+    for path in [&old, &fresh] {
+        fs::write(path, "half").unwrap();
+    }
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+    fs::File::open(&old).unwrap().set_modified(long_ago).unwrap();
+    assert!(load(&dir.0).unwrap().is_none());
+    assert_eq!(unfinished(&dir.0), [fresh]);
+}
+
 #[test]
 fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
     if let Some(dir) = std::env::var_os(DIR) {
@@ -98,8 +157,7 @@ fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
     save(&dir.0, &snapshot(MANY, "node-a"), &Default::default()).unwrap();
     let mut cut_short = 0;
     for kill in 0..KILLS {
-        let half = dir.0.join("snapshot.new");
-        let _ = fs::remove_file(&half);
+        unfinished(&dir.0).iter().for_each(|half| fs::remove_file(half).unwrap());
         let mut writer = Command::new(std::env::current_exe().unwrap());
         writer
             .args(["--exact", "a_writer_killed_at_any_moment_leaves_a_whole_configuration"])
@@ -111,12 +169,13 @@ fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
         let whole = fs::metadata(dir.file()).unwrap().len();
         let start = Instant::now();
         let wanted = whole / u64::from(KILLS) * u64::from(kill);
-        while !fs::metadata(&half).is_ok_and(|found| found.len() >= wanted) {
+        let grown = |half: &PathBuf| fs::metadata(half).is_ok_and(|found| found.len() >= wanted);
+        while !unfinished(&dir.0).iter().any(grown) {
             assert!(start.elapsed() < PATIENCE, "the writer does not write {wanted} of {whole} bytes");
         }
         writer.kill().unwrap();
         writer.wait().unwrap();
-        cut_short += u32::from(half.exists());
+        cut_short += u32::from(!unfinished(&dir.0).is_empty());
         let (nodes, workloads, policies) = read(&dir.0);
         assert!(nodes == ["node-a"] || nodes == ["node-b"], "a mixture after kill {kill}: {nodes:?}");
         assert_eq!((workloads, policies), (MANY, 1), "after kill {kill}");
