@@ -314,12 +314,15 @@ impl Attempt<'_> {
         description.judged = Some(InboundFlow { client: Some(client), source, destination: address });
         // Registered before it is judged and dialled: a change in between finds it.
         let registered = self.register(description)?;
+        // When time is up in the middle of this dial, what is registered is dropped, and that writes its record.
+        self.recorded = true;
         let dialled =
             connect_application(&self.worker.namespaces, enrolled.netns.as_fd(), Source::Client(source), address).await;
         match dialled {
             Ok(tcp) => Ok((registered, Connected::Tcp(tcp))),
             Err(source) => {
                 self.last = Some(self.describe(view, Carrier::Local, None));
+                self.recorded = false;
                 registered.superseded();
                 Err(OutboundError::Dial { address, source })
             }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -19,7 +20,8 @@ use mesh_core::workload::{Health, NetworkMode, Tunnel, Workload, WorkloadType, W
 use mesh_node::ca_client;
 use mesh_node::hbone::CONNECTION_WINDOW;
 use mesh_node::runtime::{
-    CertifiedIdentity, DataPathConfig, Enrolled, Listeners, OriginalDst, RootStore, Shared, View,
+    AccessLogConfig, AccessLogFormat, CertifiedIdentity, DataPathConfig, Enrolled, Listeners, OriginalDst, RootStore,
+    Shared, View,
 };
 use mesh_node::tls::{self, ExpectedServer};
 use mesh_node::workers::DataPath;
@@ -150,13 +152,22 @@ impl Bed {
 
     /// Where captured connections wanted to go is what `original_dst` says.
     pub(crate) fn capturing(workers: usize, original_dst: OriginalDst) -> Self {
+        Self::start(workers, original_dst, None)
+    }
+
+    /// As [`Self::capturing`], with an access log.
+    pub(crate) fn logging(original_dst: OriginalDst, log: PathBuf) -> Self {
+        Self::start(1, original_dst, Some(AccessLogConfig { path: Some(log), format: AccessLogFormat::Text }))
+    }
+
+    fn start(workers: usize, original_dst: OriginalDst, access_log: Option<AccessLogConfig>) -> Self {
         let config = DataPathConfig {
             node: NODE.into(),
             cluster: "Kubernetes".into(),
             trust_domain: TRUST_DOMAIN.into(),
             workers: NonZeroUsize::new(workers),
             force_tunnel: false,
-            access_log: None,
+            access_log,
         };
         let shared = Arc::new(Shared::default());
         let path = DataPath::start(config, Arc::clone(&shared), original_dst, &mut Registry::default()).unwrap();

@@ -4,5 +4,6 @@
 
 mod bed;
 mod bounds;
+mod records;
 mod trust;
 mod tunnels;
