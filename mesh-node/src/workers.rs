@@ -82,9 +82,9 @@ pub struct Worker {
     pub handshakes: Arc<Handshakes>,
     /// Tunnels that each peer has, in all workers.
     pub tunnels_per_source: Arc<TunnelsPerSource>,
-    /// Peers that were complained about.
-    pub logged: LoggedPeers,
-    /// When this worker began; the clock of `logged`.
+    /// Peers that were complained about, by any worker.
+    pub logged: Arc<LoggedPeers>,
+    /// When the workers began; the clock of `logged`.
     pub started: Instant,
 }
 
@@ -123,7 +123,8 @@ impl DataPath {
         let workers = config.workers.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
         let config = Arc::new(config);
         let desired = watch::Sender::new(Desired::default());
-        let tunnels_per_source = Arc::new(TunnelsPerSource::default());
+        let (tunnels_per_source, logged) = (Arc::new(TunnelsPerSource::default()), Arc::new(LoggedPeers::default()));
+        let started = Instant::now();
         let mut all_connections = Vec::with_capacity(workers);
         for index in 0..workers {
             let connections = Connections::new(Arc::clone(&metrics), log.clone(), Arc::clone(&config.cluster));
@@ -135,6 +136,8 @@ impl DataPath {
                 connections,
                 metrics: Arc::clone(&metrics),
                 tunnels_per_source: Arc::clone(&tunnels_per_source),
+                logged: Arc::clone(&logged),
+                started,
             };
             let watch = desired.subscribe();
             let (started, result) = std::sync::mpsc::sync_channel(1);
@@ -229,6 +232,8 @@ struct WorkerParts {
     connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     tunnels_per_source: Arc<TunnelsPerSource>,
+    logged: Arc<LoggedPeers>,
+    started: Instant,
 }
 
 impl WorkerParts {
@@ -246,8 +251,8 @@ impl WorkerParts {
             metrics: self.metrics,
             handshakes: Arc::default(),
             tunnels_per_source: self.tunnels_per_source,
-            logged: LoggedPeers::default(),
-            started: Instant::now(),
+            logged: self.logged,
+            started: self.started,
         }))
     }
 }

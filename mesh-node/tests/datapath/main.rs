@@ -4,6 +4,7 @@
 
 mod bed;
 mod bounds;
+mod complaints;
 mod records;
 mod trust;
 mod tunnels;
