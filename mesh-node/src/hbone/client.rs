@@ -30,7 +30,7 @@ use crate::metrics::{Metrics, ResponseFlags, count};
 use crate::relay::Stream;
 use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, Shared, View};
 use crate::tls::{self, PeerProof, PeerRole};
-use crate::wire::TunnelSocket;
+use crate::wire::{TunnelSocket, Turns};
 
 /// Tunnels tried for one stream: a pooled one may turn out to be closing.
 const MAX_TUNNELS_TRIED: usize = 3;
@@ -356,7 +356,7 @@ impl Tunnels {
         }
         let server = PeerProof::new(session.peer_certificates(), PeerRole::Server, Arc::clone(&view.roots))
             .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;
-        let (send, driver) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(tls))
+        let (send, driver) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(Turns::new(tls)))
             .await
             .map_err(|_| DialError::Slow { address, what: "HTTP/2 preface" })?
             .map_err(|source| DialError::Http2 { address, source })?;
@@ -393,7 +393,7 @@ impl Tunnels {
     }
 }
 
-type Driver = h2::client::Connection<TlsStream<TunnelSocket>, Bytes>;
+type Driver = h2::client::Connection<Turns<TlsStream<TunnelSocket>>, Bytes>;
 
 fn builder() -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();

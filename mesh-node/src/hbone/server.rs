@@ -16,6 +16,7 @@ use super::{
     CONNECTION_WINDOW, FIRST_REQUEST_TIMEOUT, FRAME_BYTES, FRAME_OVERHEAD_BYTES, HANDSHAKE_TIMEOUT,
     REQUEST_HEADER_BYTES, SEND_BUFFER_BYTES, SERVER_STREAMS, STREAM_WINDOW,
 };
+use crate::wire::Turns;
 
 /// Streams that a peer may reset before they carried a byte, at once.
 const RESETS_AT_ONCE: f64 = 200.0;
@@ -100,8 +101,9 @@ pub async fn serve<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut connection =
-        timeout(HANDSHAKE_TIMEOUT, builder(window).handshake(io)).await.map_err(|_| ServeError::SlowPreface)??;
+    let mut connection = timeout(HANDSHAKE_TIMEOUT, builder(window).handshake(Turns::new(io)))
+        .await
+        .map_err(|_| ServeError::SlowPreface)??;
     let resets = Arc::new(ResetBudget::new(Instant::now()));
     let pings = connection.ping_pong();
     let mut dead = pin!(async {
