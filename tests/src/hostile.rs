@@ -1,9 +1,11 @@
 //! A peer that is not a node proxy of the mesh: it proves what a test wants, with the mesh's own CA if need be, and says
 //! what a test wants.
 
+pub mod application;
 pub mod frames;
 pub mod raw;
 pub mod scene;
+pub mod upstream;
 
 use std::fs::File;
 use std::io;
@@ -28,6 +30,11 @@ use tokio_rustls::client::TlsStream;
 
 /// A peer that says nothing by then is not going to.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Frames of a flood: a hundred thousand, or a million in the long form.
+pub fn many() -> u32 {
+    if std::env::var_os("MESH_TEST_LONG").is_some() { 1_000_000 } else { 100_000 }
+}
 
 /// What a certificate says of its holder.
 #[derive(Debug, Clone)]

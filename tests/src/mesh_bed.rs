@@ -347,6 +347,12 @@ impl Stream {
         self.seen.len()
     }
 
+    /// All attempts that have ended so far.
+    pub fn so_far(&mut self) -> &[Attempt] {
+        self.seen.extend(self.attempts.try_iter());
+        &self.seen
+    }
+
     /// Ends it; all attempts.
     pub fn end(mut self) -> Vec<Attempt> {
         drop(self.input.take());

@@ -2,17 +2,14 @@
 //! back, and until then it is bounded.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::fs::File;
-use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use mesh_ctl::sandbox::Part;
-use mesh_node::capture::in_netns;
 use mesh_node::hbone::{CONNECTION_WINDOW, SEND_BUFFER_BYTES};
 use mesh_node::relay::reset_on_close;
+use mesh_tests::hostile::application::endless;
 use mesh_tests::hostile::frames::{CANCEL, END_STREAM, Frame, INITIAL_WINDOW_SIZE, Kind, MAX_WINDOW, PREFACE, connect};
 use mesh_tests::hostile::raw::{Raw, RawTunnel};
 use mesh_tests::hostile::scene::Scene;
@@ -89,7 +86,7 @@ impl Peer {
             Stage::Asked => return tunnel.send(&Frame::headers(1, head)).await.unwrap(),
             _further => tunnel.send(&Frame::headers(1, head)).await.unwrap(),
         }
-        tunnel.until("the answer", |seen| seen.answers.get(&1) == Some(&true)).await;
+        tunnel.until("the answer", |seen| seen.heads.get(&1) == Some(&true)).await;
         let data = |flags| Frame::new(Kind::Data, flags, 1, [7; 1000]);
         match stage {
             Stage::Sending => tunnel.send(&data(0)).await.unwrap(),
@@ -163,8 +160,8 @@ fn streams_that_are_reset_give_back_their_places_while_the_tunnel_lives() {
                 tunnel.send(&Frame::new(Kind::Data, 0, stream, [7; 100])).await.unwrap();
             }
             let all = u64::from((round + 1) * STREAMS);
-            let seen = tunnel.until("answers", |seen| seen.answers.len() as u64 == all).await;
-            assert!(seen.answers.values().all(|carried| *carried), "round {round}: not all were carried");
+            let seen = tunnel.until("answers", |seen| seen.heads.len() as u64 == all).await;
+            assert!(seen.heads.values().all(|carried| *carried), "round {round}: not all were carried");
             for stream in streams() {
                 tunnel.send(&Frame::reset(stream, CANCEL)).await.unwrap();
             }
@@ -198,7 +195,7 @@ fn a_peer_without_a_window_is_kept_no_more_than_the_connections_window() {
         tunnel.listen();
         ask_all(&mut tunnel, &authority).await;
         let all = SLOW_STREAMS as usize;
-        tunnel.until("answers", |seen| seen.answers.len() == all).await;
+        tunnel.until("answers", |seen| seen.heads.len() == all).await;
         let each = CONNECTION_WINDOW / SLOW_STREAMS / 1024;
         tunnel
             .flood(each * SLOW_STREAMS, |number, out| {
@@ -214,26 +211,12 @@ fn a_peer_without_a_window_is_kept_no_more_than_the_connections_window() {
     given_back(&scene, before, "no window");
 }
 
-/// An application in a workload's namespace that sends without end to whoever connects.
-fn endless(netns: PathBuf, address: SocketAddr) {
-    let netns = File::open(netns).unwrap();
-    let listener = in_netns(netns.as_fd(), || TcpListener::bind(address)).unwrap().unwrap();
-    std::thread::spawn(move || {
-        for connection in listener.incoming().map_while(Result::ok) {
-            std::thread::spawn(move || {
-                let mut connection = connection;
-                while connection.write_all(&[7; 64 * 1024]).is_ok() {}
-            });
-        }
-    });
-}
-
 /// A peer that opens all windows and then reads nothing: what waits for it is bounded for each of its streams.
 #[test]
 fn a_peer_that_reads_nothing_is_kept_no_more_than_the_buffers_of_its_streams() {
     let scene = Scene::with_one_worker("slow");
     let source = SocketAddr::new(scene.far.ip(), 7001);
-    endless(scene.bed.sandbox.layout.netns("far"), source);
+    endless(&scene.bed.sandbox.layout.netns("far"), source);
     let before = held(&scene);
     let mut tunnel = scene.raw(&[(INITIAL_WINDOW_SIZE, MAX_WINDOW)]);
     let pid = scene.bed.proxy("node-b");

@@ -2,12 +2,15 @@
 //! proxies have one worker here, so that the good client shares a thread with the flood.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_node::hbone::{FRAME_OVERHEAD_BYTES, REQUEST_HEADER_BYTES};
+use mesh_node::hbone::{FRAME_OVERHEAD_BYTES, REQUEST_HEADER_BYTES, STREAM_WINDOW};
+use mesh_tests::hostile::application::deaf;
 use mesh_tests::hostile::frames::{
     ACK, CANCEL, ENHANCE_YOUR_CALM, Frame, Kind, MAX_WINDOW, NEWEST_FIELD, PROTOCOL_ERROR, block, connect, remembered,
 };
+use mesh_tests::hostile::many;
 use mesh_tests::hostile::raw::{Flooded, RawTunnel, Seen};
 use mesh_tests::hostile::scene::{Cost, Scene};
 use mesh_tests::mesh_bed::eventually;
@@ -19,11 +22,6 @@ const MAX_ERROR_RESETS: usize = 1024;
 
 /// What a proxy may run for a flood that it ends.
 const MAX_CPU: Duration = Duration::from_secs(2);
-
-/// Frames of a flood: a hundred thousand, or a million in the long form.
-fn many() -> u32 {
-    if std::env::var_os("MESH_TEST_LONG").is_some() { 1_000_000 } else { 100_000 }
-}
 
 /// The stream of a client's request with this number.
 fn stream(number: u32) -> u32 {
@@ -95,7 +93,7 @@ fn streams_that_are_reset_one_by_one_before_they_carry_a_byte_end_the_tunnel() {
             if tunnel.send(&Frame::headers(stream, head.clone())).await.is_err() {
                 break;
             }
-            let seen = tunnel.until("an answer", |seen| seen.answers.contains_key(&stream) || seen.ended.is_some());
+            let seen = tunnel.until("an answer", |seen| seen.heads.contains_key(&stream) || seen.ended.is_some());
             if seen.await.ended.is_some() || tunnel.send(&Frame::reset(stream, CANCEL)).await.is_err() {
                 break;
             }
@@ -103,7 +101,7 @@ fn streams_that_are_reset_one_by_one_before_they_carry_a_byte_end_the_tunnel() {
         (Flooded::Whole, tunnel.until("the end", |seen| seen.ended.is_some()).await)
     };
     let end = tell(&scene, "patient reset", deed).cheap().was_sent_away_with(ENHANCE_YOUR_CALM);
-    assert!(end.seen.answers.len() < PATIENT as usize, "{} streams were served", end.seen.answers.len());
+    assert!(end.seen.heads.len() < PATIENT as usize, "{} streams were served", end.seen.heads.len());
     assert_eq!(scene.count("mesh_reset_floods_total"), floods + 1);
 }
 
@@ -164,18 +162,27 @@ fn empty_data_frames_end_the_tunnel() {
     flood(&scene, "empty DATA", put).was_sent_away_with(ENHANCE_YOUR_CALM);
 }
 
-/// RUSTSEC-2026-0258, its other half: DATA frames of one byte towards an application that does not read, because nobody
-/// takes its answers. Each costs far more memory than its byte of the window.
+/// Sent before the crumbs, bytes: more than the kernel takes for an application that does not read.
+const FILLING_BYTES: u32 = 3_500_000;
+/// Bytes of each frame of the filling.
+const FILLING_FRAME_BYTES: u32 = 16 * 1024;
+
+/// RUSTSEC-2026-0258, its other half: DATA frames of one byte towards an application that does not read. Each costs far
+/// more memory than its byte of the window.
 #[test]
 fn data_frames_of_one_byte_that_nobody_takes_are_bounded_in_memory() {
     let scene = Scene::with_one_worker("crumbs");
-    let (head, mut tunnel) = (connect(&scene.good_request()), scene.raw(&[]));
-    // As many as fit into the stream's window.
+    let application = SocketAddr::new(scene.far.ip(), 7001);
+    deaf(&scene.bed.sandbox.layout.netns("far"), application);
+    let (head, mut tunnel) = (connect(&application.to_string()), scene.raw(&[]));
     let deed = async move {
         tunnel.listen();
         tunnel.send(&Frame::headers(1, head)).await.unwrap();
-        tunnel.until("the answer", |seen| seen.answers.contains_key(&1)).await;
-        let flooded = tunnel.flood(4 << 20, |_, out| Frame::new(Kind::Data, 0, 1, [0]).put(out)).await;
+        tunnel.until("the answer", |seen| seen.heads.contains_key(&1)).await;
+        let filling = Frame::new(Kind::Data, 0, 1, [7; FILLING_FRAME_BYTES as usize]);
+        tunnel.flood(FILLING_BYTES / FILLING_FRAME_BYTES, |_, out| filling.put(out)).await;
+        let crumbs = STREAM_WINDOW - FILLING_BYTES;
+        let flooded = tunnel.flood(crumbs, |_, out| Frame::new(Kind::Data, 0, 1, [0]).put(out)).await;
         (flooded, tunnel.until("the end", |seen| seen.ended.is_some()).await)
     };
     let cost = tell(&scene, "DATA of one byte", deed).was_sent_away_with(ENHANCE_YOUR_CALM).cost;
@@ -208,10 +215,10 @@ fn header_lists_that_unfold_beyond_the_limit_are_refused_without_being_stored() 
         let deed = async move {
             tunnel.listen().send(&Frame::headers(1, head)).await.unwrap();
             tunnel.send(&Frame::headers(3, good)).await.unwrap();
-            (Flooded::Whole, tunnel.until("the good request's answer", |seen| seen.answers.contains_key(&3)).await)
+            (Flooded::Whole, tunnel.until("the good request's answer", |seen| seen.heads.contains_key(&3)).await)
         };
         let seen = tell(&scene, what, deed).cheap().seen;
-        assert_eq!((seen.answers.get(&1), seen.answers.get(&3)), (Some(&false), Some(&true)), "{what}: {seen:?}");
+        assert_eq!((seen.heads.get(&1), seen.heads.get(&3)), (Some(&false), Some(&true)), "{what}: {seen:?}");
     }
     for (what, head) in [("900,000 references", fields(900_000)), ("900,000 crumbs", crumbs(900_000))] {
         let mut tunnel = scene.raw(&[]);

@@ -25,18 +25,18 @@ async fn fate(tunnel: &mut RawTunnel, frame: Frame, good: Frame) -> Fate {
     let _sent = tunnel.send(&good).await;
     let seen = tunnel
         .until("the fate of a request", |seen| {
-            let decided = seen.answers.contains_key(&asked) || seen.resets.contains_key(&asked);
-            seen.ended.is_some() || (decided && seen.answers.contains_key(&behind))
+            let decided = seen.heads.contains_key(&asked) || seen.resets.contains_key(&asked);
+            seen.ended.is_some() || (decided && seen.heads.contains_key(&behind))
         })
         .await;
-    match (seen.ended, seen.answers.get(&asked)) {
+    match (seen.ended, seen.heads.get(&asked)) {
         (Some(_), _) => {
             assert!(seen.go_away.is_some(), "it ends without a reason");
             Fate::Over
         }
         (None, Some(true)) => Fate::Carried,
         (None, Some(false) | None) => {
-            assert_eq!(seen.answers.get(&behind), Some(&true), "a good request on the same tunnel");
+            assert_eq!(seen.heads.get(&behind), Some(&true), "a good request on the same tunnel");
             Fate::Refused
         }
     }
@@ -205,7 +205,7 @@ fn names_that_a_peer_makes_up_make_no_series() {
             }
             tunnel.say(&frames).await.unwrap();
             let is_answered = |seen: &mesh_tests::hostile::raw::Seen| {
-                seen.ended.is_some() || seen.answers.len() as u64 == u64::from(streams.end)
+                seen.ended.is_some() || seen.heads.len() as u64 == u64::from(streams.end)
             };
             tunnel.until("answers", is_answered).await;
             for number in streams.filter(|number| number % 4 == 0) {

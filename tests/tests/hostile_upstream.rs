@@ -8,24 +8,22 @@ use std::time::Duration;
 use mesh_ctl::sandbox::Workload;
 use mesh_ctl::sandbox::manifests::pod_file;
 use mesh_node::hbone::RESPONSE_HEADER_BYTES;
-use mesh_tests::hostile::Claim;
 use mesh_tests::hostile::frames::{
     END_HEADERS, END_STREAM, Frame, Kind, MAX_CONCURRENT_STREAMS, MAX_WINDOW, NEWEST_FIELD, REFUSED_STREAM, STATUS_200,
     block, remembered,
 };
 use mesh_tests::hostile::scene::{HBONE, Scene};
 use mesh_tests::hostile::upstream::{Client, Script, Stand, Upstream};
+use mesh_tests::hostile::{Claim, many};
 use mesh_tests::mesh_bed::{Attempt, PATIENCE, eventually, two_nodes};
 
 const EVIL: &str = "spiffe://cluster.local/ns/default/sa/evil";
 /// By how much one deed may make a node proxy grow, bytes.
 const MAX_GROWTH_BYTES: u64 = 16 << 20;
 /// How long a deed goes on.
-const DEED: Duration = Duration::from_secs(2);
+const DEED: Duration = Duration::from_millis(700);
 /// Tunnels that may be dialled for one connection.
 const MAX_TUNNELS: usize = 3;
-/// Frames of a flood.
-const REPEATED: u32 = 100_000;
 
 /// A workload that everybody believes to be in the mesh, and that serves tunnels itself.
 struct Evil {
@@ -62,16 +60,16 @@ impl Evil {
     /// Connections of `client` to it while others are served: none may go through, and none may make the proxy dial on and
     /// on.
     fn meet(&self, what: &str, upstream: Upstream) {
-        let mut stream = self.scene.bed.stream("client", self.address);
-        let ((), cost) = self.scene.endured("node-a", what, async { tokio::time::sleep(DEED).await });
-        stream.wait("the end of an attempt", |_| true);
-        let attempts = stream.end();
-        let tunnels = upstream.met();
-        println!("{what}: {tunnels} tunnels for {} attempts", attempts.len());
+        let begin = || self.scene.bed.stream("client", self.address);
+        let deed = async { tokio::time::sleep(DEED).await };
+        let (mut stream, (), cost) = self.scene.endured_with("node-a", what, begin, deed);
+        let (tunnels, attempts) = (upstream.met(), stream.so_far());
         assert!(attempts.iter().all(|attempt| !attempt.is_ok()), "{what}: {attempts:?}");
-        assert!(tunnels > 0 && tunnels <= attempts.len() * MAX_TUNNELS, "{what}: {tunnels} for {attempts:?}");
+        // One more is under way.
+        let most = (attempts.len() + 1) * MAX_TUNNELS;
+        assert!(tunnels > 0 && tunnels <= most, "{what}: {tunnels} tunnels for {} attempts", attempts.len());
         assert!(cost.memory_bytes < MAX_GROWTH_BYTES, "{what}: {cost:?}");
-        drop(upstream);
+        drop((stream, upstream));
         eventually("the end of its connections", || {
             (self.scene.count_on("node-a", "istio_tcp_sockets_open") == 0).then_some(())
         });
@@ -86,9 +84,9 @@ async fn asked(client: &mut Client, settings: &[(u16, u32)]) -> u32 {
     seen.and_then(|seen| seen.heads.into_keys().next()).unwrap_or(1)
 }
 
-/// Says the same without end, or until the client has had enough.
+/// Says the same again and again, until the client has had enough.
 async fn repeat(mut client: Client, frame: Frame) {
-    client.flood(REPEATED, |_, out| frame.put(out)).await;
+    client.flood(many(), |_, out| frame.put(out)).await;
     stay(client).await;
 }
 

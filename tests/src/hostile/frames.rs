@@ -14,6 +14,8 @@ pub const ACK: u8 = 0x1;
 pub const END_HEADERS: u8 = 0x4;
 /// Error code: what came is against the rules.
 pub const PROTOCOL_ERROR: u32 = 0x1;
+/// Error code: the stream was not looked at.
+pub const REFUSED_STREAM: u32 = 0x7;
 /// Error code: the stream is not wanted any more.
 pub const CANCEL: u32 = 0x8;
 /// Error code: the peer makes too much work.

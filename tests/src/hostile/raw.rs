@@ -27,8 +27,8 @@ pub struct Seen {
     pub go_away: Option<(u32, String)>,
     /// Streams that it has reset, with the code.
     pub resets: BTreeMap<u32, u32>,
-    /// Streams that it has answered, and whether with 200.
-    pub answers: BTreeMap<u32, bool>,
+    /// Streams with a head of its own, an answer or a request, and whether that says 200.
+    pub heads: BTreeMap<u32, bool>,
     /// Answers to PING.
     pub pongs: u64,
     /// Its SETTINGS, and acknowledgements of ours.
@@ -55,7 +55,7 @@ impl Seen {
                 self.resets.insert(frame.stream, frame.error_code().unwrap_or_default());
             }
             Kind::Headers => {
-                self.answers.entry(frame.stream).or_insert(frame.payload.first() == Some(&STATUS_200));
+                self.heads.entry(frame.stream).or_insert(frame.payload.first() == Some(&STATUS_200));
             }
             Kind::Data => self.data += frame.payload.len() as u64,
             Kind::Settings => self.settings += 1,
@@ -209,11 +209,16 @@ impl<IO: AsyncRead + AsyncWrite + Send + 'static> Raw<IO> {
     /// # Panics
     /// It does not in time.
     pub async fn until_within(&mut self, patience: Duration, what: &str, is_so: impl Fn(&Seen) -> bool) -> Seen {
+        match self.wait(patience, is_so).await {
+            Some(seen) => seen,
+            None => panic!("gave up waiting for {what}; {:?}", self.seen()),
+        }
+    }
+
+    /// Waits until the other end has said something; `None` if it does not in time.
+    pub async fn wait(&mut self, patience: Duration, is_so: impl Fn(&Seen) -> bool) -> Option<Seen> {
         self.listen();
         let mut seen = self.seen.subscribe();
-        if timeout(patience, seen.wait_for(is_so)).await.is_err() {
-            panic!("gave up waiting for {what}; {:?}", self.seen());
-        }
-        self.seen()
+        timeout(patience, seen.wait_for(is_so)).await.ok().map(|_| self.seen())
     }
 }

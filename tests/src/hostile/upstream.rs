@@ -21,6 +21,7 @@ use tokio_rustls::server::TlsStream;
 use super::Identity;
 use super::frames::PREFACE;
 use super::raw::Raw;
+use crate::mesh_bed::eventually;
 
 /// A client's tunnel, whose preface was read.
 pub type Client = Raw<TlsStream<TcpStream>>;
@@ -55,7 +56,9 @@ impl Upstream {
     pub fn start(runtime: &Runtime, stand: Stand<'_>, script: Script) -> Self {
         let Stand { netns, address, identity, early } = stand;
         let netns = File::open(netns).expect("namespace");
-        let listener = in_netns(netns.as_fd(), || TcpListener::bind(address)).expect("enter").expect("listen");
+        // The one before may not be gone yet.
+        let bind = || in_netns(netns.as_fd(), || TcpListener::bind(address)).expect("enter").ok();
+        let listener = eventually("the address of a server", bind);
         listener.set_nonblocking(true).expect("non-blocking");
         let acceptor = TlsAcceptor::from(server_config(identity));
         let early: Arc<[u8]> = early.into();
