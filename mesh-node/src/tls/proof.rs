@@ -5,7 +5,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use mesh_core::identity::SpiffeId;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::verify::{PeerRefused, verify_chain};
 use crate::runtime::RootStore;
@@ -54,8 +53,7 @@ impl PeerProof {
         let chain = certificates.unwrap_or_default();
         let leaf = chain.first().ok_or(PeerRefused::NoCertificate)?;
         let id = super::spiffe_id_of(leaf)?;
-        let (_, parsed) =
-            X509Certificate::from_der(leaf).map_err(|_| PeerRefused::Certificate(webpki::Error::BadDer))?;
+        let parsed = super::identity::parse(leaf)?;
         let not_after_secs = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default();
         let at = UnixTime::since_unix_epoch(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
         Ok(Self { id, not_after_secs, role, chain: chain.into(), at, roots, held_against: Mutex::default() })

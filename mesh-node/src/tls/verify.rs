@@ -10,8 +10,8 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
+use super::identity::{may_sign, spiffe_id_of};
 use super::provider::provider;
-use super::spiffe_id_of;
 use crate::runtime::RootStore;
 
 /// By how much two nodes' clocks may differ: a certificate is good for this long outside of its validity.
@@ -32,6 +32,9 @@ pub enum PeerRefused {
     /// More intermediates than anybody needs.
     #[error("peer sent {0} intermediate certificates, at most {MAX_INTERMEDIATES} are looked at")]
     ChainTooLong(usize),
+    /// A workload's key signs no certificates.
+    #[error("peer certificate may sign others, which no workload's may")]
+    MaySign,
     /// An X.509-SVID has one URI SAN.
     #[error("peer certificate has no URI SAN")]
     NoUriSan,
@@ -63,6 +66,7 @@ impl From<PeerRefused> for rustls::Error {
             PeerRefused::NoCertificate
             | PeerRefused::Certificate(_)
             | PeerRefused::ChainTooLong(_)
+            | PeerRefused::MaySign
             | PeerRefused::NoUriSan
             | PeerRefused::ManyUriSans
             | PeerRefused::NotSpiffe(_)
@@ -135,6 +139,9 @@ pub(super) fn verify_chain(
         result => result,
     }
     .map_err(PeerRefused::Certificate)?;
+    if may_sign(leaf)? {
+        return Err(PeerRefused::MaySign);
+    }
     spiffe_id_of(leaf)
 }
 
@@ -249,3 +256,6 @@ impl ServerCertVerifier for ServerVerifier {
 fn tls12_is_off() -> rustls::Error {
     rustls::PeerIncompatible::Tls12NotOfferedOrEnabled.into()
 }
+
+#[cfg(test)]
+mod tests;
