@@ -78,8 +78,8 @@ impl From<Addr> for IpAddr {
 pub struct Workload {
     /// Its IPv4 address in network byte order; 0 when it has none.
     pub v4: u32,
-    /// Reserved, 0.
-    pub flags: u32,
+    /// Its place in `note_counts`; no other workload has it.
+    pub slot: u32,
     /// Its IPv6 address; all zero when it has none.
     pub v6: Addr,
     /// Counts enrolments of this namespace.
@@ -110,7 +110,9 @@ pub struct Captured {
     /// Port of `dst`, network byte order.
     pub port: u16,
     /// Reserved, 0.
-    pub reserved: [u16; 3],
+    pub reserved: u16,
+    /// [`Workload::slot`]
+    pub slot: u32,
 }
 
 /// Key of `captured`: how the proxy sees an accepted connection's peer.
@@ -138,7 +140,9 @@ pub struct OriginalDst {
     /// Port of `dst`, network byte order.
     pub port: u16,
     /// Reserved, 0.
-    pub reserved: [u16; 3],
+    pub reserved: u16,
+    /// [`Workload::slot`]: who removes the entry counts it off.
+    pub slot: u32,
 }
 
 /// Storage on the proxy's plaintext listener, written by the loader: whose it is.

@@ -8,6 +8,9 @@ pub const PROXY_CGROUPS: &str = "PROXY_CGROUPS";
 pub const CAPTURED_SOCKETS: &str = "CAPTURED_SOCKETS";
 /// Notes for the proxy: [`crate::abi::PeerKey`] -> [`crate::abi::OriginalDst`].
 pub const CAPTURED: &str = "CAPTURED";
+/// Entries that each workload has in [`CAPTURED`], by [`crate::abi::Workload::slot`]. Mapped by the proxy, which counts off
+/// what it takes.
+pub const NOTE_COUNTS: &str = "NOTE_COUNTS";
 /// Socket storage of the proxy's plaintext listeners: [`crate::abi::ListenerTag`].
 pub const LISTENER_TAGS: &str = "LISTENER_TAGS";
 /// The proxy's plaintext listeners: [`crate::abi::ListenerKey`] -> socket.
@@ -26,11 +29,12 @@ pub const EVENT_BUDGET: &str = "EVENT_BUDGET";
 pub const LAYOUT: &str = "LAYOUT";
 
 /// All maps that are pinned, in the order of this file.
-pub const ALL: [&str; 12] = [
+pub const ALL: [&str; 13] = [
     WORKLOADS,
     PROXY_CGROUPS,
     CAPTURED_SOCKETS,
     CAPTURED,
+    NOTE_COUNTS,
     LISTENER_TAGS,
     LISTENERS,
     PREEXISTING,
@@ -47,6 +51,9 @@ pub const MAX_WORKLOADS: usize = 4096;
 pub const MAX_PROXY_CGROUPS: usize = 64;
 /// Connections between `connect` and the proxy's look-up of their destination.
 pub const MAX_CAPTURED: usize = 65536;
+/// Of these, of one workload: as many as wait in the proxy's backlog. A workload that keeps the proxy from taking its notes
+/// takes no room from others.
+pub const MAX_CAPTURED_PER_WORKLOAD: i64 = 4096;
 /// Two listeners (IPv4, IPv6) per workload.
 pub const MAX_LISTENERS: usize = 2 * MAX_WORKLOADS;
 /// Connections from before enrolment, all workloads together.

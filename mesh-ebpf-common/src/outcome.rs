@@ -102,7 +102,7 @@ reasons! {
     StorageFull = 8, "storage_full", Refuse, "The kernel had no memory for the original destination.";
     MptcpSocket = 9, "mptcp_socket", Refuse, "Multipath TCP cannot be captured.";
     Noted = 10, "noted", Pass, "The original destination was noted for the proxy.";
-    NotesFull = 11, "notes_full", Refuse, "The map of original destinations is full; the proxy refuses the connection.";
+    NotesFull = 11, "notes_full", Refuse, "There is no room for the original destination, or the workload has used up its own; the proxy refuses the connection.";
     NoteConflict = 12, "note_conflict", Refuse, "Two connections claim one peer address; the proxy refuses both.";
     NoteRemoved = 13, "note_removed", Pass, "A connection failed or was reset before the proxy looked up its destination.";
     ProxySocket = 14, "proxy_socket", Pass, "The segment belongs to a connection of the proxy.";

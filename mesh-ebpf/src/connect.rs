@@ -158,7 +158,7 @@ fn judge(ctx: &SockAddrContext, workload: &Workload, netns_cookie: u64, dst: &Ad
     if bound != 0 && bound != LOOPBACK_IFINDEX && !unbind(ctx) {
         return Reason::BoundDevice;
     }
-    let mut note = Captured { dst: *dst, netns_cookie, port: port(ctx), reserved: [0; 3] };
+    let mut note = Captured { dst: *dst, netns_cookie, port: port(ctx), reserved: 0, slot: workload.slot };
     // SAFETY: as above.
     let stored = unsafe { CAPTURED_SOCKETS.get_or_insert_ptr_mut(ctx, Some(&mut note)) };
     if stored.is_null() {

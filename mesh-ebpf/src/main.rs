@@ -1,7 +1,7 @@
 //! The kernel programs: entry points only. They gather facts, ask `mesh_ebpf_common::decide`, and carry the answer out.
 //!
 //! Compiled for the kernel by `cargo xtask ebpf`; on the host this is an empty program.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 // Every helper of the kernel is an unsafe call.
 #![allow(unsafe_code)]
 

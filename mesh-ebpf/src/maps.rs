@@ -3,6 +3,7 @@
 use core::ffi::c_void;
 use core::ptr;
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash};
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
@@ -20,6 +21,8 @@ pub(crate) static PROXY_CGROUPS: HashMap<u64, u64, { size::MAX_PROXY_CGROUPS }> 
 pub(crate) static CAPTURED_SOCKETS: SkStorage<Captured> = SkStorage::new();
 #[btf_map]
 pub(crate) static CAPTURED: HashMap<PeerKey, OriginalDst, { size::MAX_CAPTURED }> = HashMap::new();
+#[btf_map]
+pub(crate) static NOTE_COUNTS: Array<i64, { size::MAX_WORKLOADS }, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 pub(crate) static LISTENER_TAGS: SkStorage<ListenerTag> = SkStorage::new();
 #[btf_map]

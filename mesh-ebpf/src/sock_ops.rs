@@ -1,5 +1,6 @@
 //! `sock_ops`: turns the note at a captured socket into one that the proxy can find by the peer it accepts.
 
+use core::arch::asm;
 use core::ffi::c_void;
 use core::ptr;
 
@@ -11,9 +12,10 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set};
 use aya_ebpf::programs::SockOpsContext;
 use mesh_ebpf_common::abi::{Addr, Captured, OriginalDst, PeerKey};
+use mesh_ebpf_common::maps::MAX_CAPTURED_PER_WORKLOAD;
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
-use crate::maps::{CAPTURED, captured_sockets};
+use crate::maps::{CAPTURED, NOTE_COUNTS, captured_sockets};
 use crate::report::{Subject, count, refuse};
 
 const AF_INET: u32 = 2;
@@ -76,21 +78,12 @@ fn on_connect(ctx: &SockOpsContext, note: &Captured) {
     let key = key(ctx.ops, note);
     // SAFETY: a helper on the program's own context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let value = OriginalDst { dst: note.dst, socket_cookie, port: note.port, reserved: [0; 3] };
-    let reason = match CAPTURED.insert(key, value, BPF_NOEXIST) {
-        Ok(()) => {
-            // SAFETY: as above.
-            unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
-            Reason::Noted
-        }
-        Err(EEXIST) => {
-            // Which of the two the proxy will see is unknown, so it shall find neither.
-            let _raced_away = CAPTURED.remove(key);
-            Reason::NoteConflict
-        }
-        // E2BIG, or ENOMEM: there is no room.
-        Err(_) => Reason::NotesFull,
-    };
+    let value = OriginalDst { dst: note.dst, socket_cookie, port: note.port, reserved: 0, slot: note.slot };
+    let reason = file(&key, &value);
+    if let Reason::Noted = reason {
+        // SAFETY: as above.
+        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
+    }
     match reason.verdict() {
         Verdict::Pass | Verdict::Proxy => count(Hook::SockOps, reason),
         Verdict::Refuse | Verdict::Drop => {
@@ -107,6 +100,44 @@ fn on_connect(ctx: &SockOpsContext, note: &Captured) {
     }
 }
 
+/// Enters a note, if the workload has not too many.
+#[inline(always)]
+fn file(key: &PeerKey, value: &OriginalDst) -> Reason {
+    let Some(notes) = NOTE_COUNTS.get_ptr_mut(value.slot) else { return Reason::NotesFull };
+    // Several CPUs may find room for one and enter one each: the bound is on memory, not on fairness.
+    // SAFETY: a value of the map, aligned; others change it in one piece.
+    if unsafe { ptr::read_volatile(notes) } >= MAX_CAPTURED_PER_WORKLOAD {
+        return Reason::NotesFull;
+    }
+    match CAPTURED.insert(key, value, BPF_NOEXIST) {
+        Ok(()) => {
+            // SAFETY: a value of the map.
+            unsafe { add(notes, 1) };
+            Reason::Noted
+        }
+        Err(EEXIST) => {
+            // Which of the two the proxy will see is unknown, so it shall find neither.
+            if CAPTURED.remove(key).is_ok() {
+                // SAFETY: as above.
+                unsafe { add(notes, -1) };
+            }
+            Reason::NoteConflict
+        }
+        // E2BIG, or ENOMEM: there is no room.
+        Err(_) => Reason::NotesFull,
+    }
+}
+
+/// Adds in one piece. `core` has no such operation for this target, which cannot compare and swap.
+///
+/// # Safety
+/// `counter` is a value of a map.
+#[inline(always)]
+unsafe fn add(counter: *mut i64, change: i64) {
+    // SAFETY: as above; the instruction touches nothing else.
+    unsafe { asm!("lock *(u64 *)({counter} + 0) += {change}", counter = in(reg) counter, change = in(reg) change) }
+}
+
 #[inline(always)]
 fn on_close(ctx: &SockOpsContext, note: &Captured) {
     let key = key(ctx.ops, note);
@@ -115,6 +146,10 @@ fn on_close(ctx: &SockOpsContext, note: &Captured) {
     // SAFETY: only one field is read, at once.
     let ours = unsafe { CAPTURED.get(key) }.is_some_and(|value| value.socket_cookie == socket_cookie);
     if ours && CAPTURED.remove(key).is_ok() {
+        if let Some(notes) = NOTE_COUNTS.get_ptr_mut(note.slot) {
+            // SAFETY: a value of the map.
+            unsafe { add(notes, -1) };
+        }
         count(Hook::SockOps, Reason::NoteRemoved);
     }
 }

@@ -176,6 +176,13 @@ impl Bed {
     pub fn socket(&self, netns: &Netns, group: Group, kind: (i32, i32, i32)) -> OwnedFd {
         socket_in(netns.fd(), &self.cgroup(group), kind).unwrap_or_else(|e| panic!("open a socket as {group:?}: {e}"))
     }
+
+    /// Many TCP sockets over IPv4.
+    pub fn many_tcp(&self, netns: &Netns, group: Group, count: usize) -> Vec<OwnedFd> {
+        let kind = (libc::AF_INET, libc::SOCK_STREAM, 0);
+        let opened = sockets_in(netns.fd(), &self.cgroup(group), kind, count);
+        opened.unwrap_or_else(|e| panic!("open {count} sockets as {group:?}: {e}"))
+    }
 }
 
 impl Default for Bed {
@@ -252,16 +259,31 @@ fn cgroup2_root() -> PathBuf {
 
 /// Opens a socket as a process of a cgroup and a namespace would: a child joins both, opens it, and hands it over.
 pub fn socket_in(netns: BorrowedFd<'_>, cgroup: &Path, kind: (i32, i32, i32)) -> io::Result<OwnedFd> {
+    sockets_in(netns, cgroup, kind, 1)?.pop().ok_or_else(|| io::Error::other("no socket"))
+}
+
+/// As [`socket_in`], for many at once.
+pub fn sockets_in(
+    netns: BorrowedFd<'_>,
+    cgroup: &Path,
+    kind: (i32, i32, i32),
+    count: usize,
+) -> io::Result<Vec<OwnedFd>> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     let procs = std::ffi::CString::new(cgroup.join("cgroup.procs").as_os_str().as_bytes())?;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: the child makes only system calls on values prepared before, which is allowed after a fork of a process
     // with threads, and ends by `_exit`.
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: as above.
         unsafe {
-            let done = open_and_send(&procs, netns.as_raw_fd(), kind, theirs.as_raw_fd());
+            let mut done = enter(&procs, netns.as_raw_fd());
+            for _ in 0..count {
+                if done == 0 {
+                    done = open_and_send(kind, theirs.as_raw_fd());
+                }
+            }
             libc::_exit(done);
         }
     }
@@ -269,13 +291,15 @@ pub fn socket_in(netns: BorrowedFd<'_>, cgroup: &Path, kind: (i32, i32, i32)) ->
         return Err(io::Error::last_os_error());
     }
     drop(theirs);
+    // The child ends early if it fails, and then its end of the pair is closed.
+    let sockets: io::Result<Vec<OwnedFd>> = (0..count).map(|_| receive_fd(ours.as_fd())).collect();
     let mut status = 0;
     // SAFETY: the child is ours and not reaped yet.
     if unsafe { libc::waitpid(child, &raw mut status, 0) } != child {
         return Err(io::Error::last_os_error());
     }
     match libc::WEXITSTATUS(status) {
-        0 => receive_fd(ours.as_fd()),
+        0 => sockets,
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
@@ -284,13 +308,24 @@ pub fn socket_in(netns: BorrowedFd<'_>, cgroup: &Path, kind: (i32, i32, i32)) ->
 ///
 /// # Safety
 /// Only system calls: no allocation, no lock.
-unsafe fn open_and_send(procs: &std::ffi::CStr, netns: i32, kind: (i32, i32, i32), to: i32) -> i32 {
+unsafe fn enter(procs: &std::ffi::CStr, netns: i32) -> i32 {
     // SAFETY: the pointers are to values that live through the calls.
     unsafe {
         let file = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 || libc::setns(netns, libc::CLONE_NEWNET) != 0 {
             return *libc::__errno_location();
         }
+    }
+    0
+}
+
+/// As [`enter`].
+///
+/// # Safety
+/// Only system calls: no allocation, no lock.
+unsafe fn open_and_send(kind: (i32, i32, i32), to: i32) -> i32 {
+    // SAFETY: the pointers are to values that live through the calls.
+    unsafe {
         let socket = libc::socket(kind.0, kind.1 | libc::SOCK_CLOEXEC, kind.2);
         if socket < 0 {
             return *libc::__errno_location();
@@ -308,7 +343,10 @@ unsafe fn open_and_send(procs: &std::ffi::CStr, netns: i32, kind: (i32, i32, i32
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
         libc::CMSG_DATA(header).cast::<i32>().write_unaligned(socket);
-        if libc::sendmsg(to, &raw const message, 0) != 1 { *libc::__errno_location() } else { 0 }
+        let sent = libc::sendmsg(to, &raw const message, 0);
+        let errno = if sent == 1 { 0 } else { *libc::__errno_location() };
+        libc::close(socket);
+        errno
     }
 }
 
@@ -317,12 +355,7 @@ fn receive_fd(from: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut byte = [0_u8; 1];
     let mut parts = [io::IoSliceMut::new(&mut byte)];
     let mut space = nix::cmsg_space!(i32);
-    let message = recvmsg::<()>(
-        from.as_raw_fd(),
-        &mut parts,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
-    )?;
+    let message = recvmsg::<()>(from.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control
             && let Some(fd) = fds.first()

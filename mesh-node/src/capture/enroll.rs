@@ -68,8 +68,9 @@ impl Capture {
         let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
         let listeners = context(describe(request.listeners), || format!("listeners of {uid}"))?;
         let first_time = !self.pins.workload(cookie).join(LOOKUP).exists();
-        self.register(cookie, request, &listeners)?;
+        // Held to the end: places of workloads are given out here, and programs attached.
         let mut guard = self.programs();
+        let slot = self.register(cookie, request, &listeners)?;
         let programs = &mut *guard;
         let directory = self.pins.workload(cookie);
         context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
@@ -87,6 +88,7 @@ impl Capture {
                 end_half_open(&diag, &after, &listeners);
             }
             let notes = self.notes(cookie)?;
+            self.count_anew(slot, notes.len());
             let now = sockets()?;
             self.forget_orphans(&notes, &now)?;
             refuse_held_ports(uid, &now, &listeners)?;
@@ -115,12 +117,17 @@ impl Capture {
         Ok(())
     }
 
-    fn register(&self, cookie: u64, request: &EnrollRequest<'_>, ours: &[Listener<'_>]) -> Result<(), CaptureError> {
+    /// Tells the programs of the workload; returns its place among all.
+    fn register(&self, cookie: u64, request: &EnrollRequest<'_>, ours: &[Listener<'_>]) -> Result<u32, CaptureError> {
         let what = || format!("register {}", request.uid);
         let before: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
+        let slot = match before {
+            Some(workload) => workload.slot,
+            None => self.free_slot()?,
+        };
         let workload = Workload {
             v4: request.v4.map_or(0, |v4| v4.to_bits().to_be()),
-            flags: 0,
+            slot,
             v6: request.v6.map_or_else(Addr::default, |v6| Addr::from(IpAddr::V6(v6))),
             generation: before.map_or(0, |w| w.generation) + 1,
         };
@@ -132,7 +139,23 @@ impl Capture {
             let key = ListenerKey { netns_cookie: cookie, family: family.cast_unsigned(), reserved: 0 };
             insert(&self.maps.listeners, maps::LISTENERS, &key, &fd)?;
         }
-        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &workload)
+        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &workload)?;
+        Ok(slot)
+    }
+
+    fn free_slot(&self) -> Result<u32, CaptureError> {
+        let map = self.maps.workloads.as_fd();
+        let taken = || -> io::Result<BTreeSet<u32>> {
+            let mut taken = BTreeSet::new();
+            for cookie in sys::keys::<u64>(map, maps::MAX_WORKLOADS)? {
+                taken.extend(sys::lookup::<_, Workload>(map, &cookie)?.map(|workload| workload.slot));
+            }
+            Ok(taken)
+        };
+        let taken = context(taken(), || "read the enrolled workloads".to_owned())?;
+        let entries = u32::try_from(maps::MAX_WORKLOADS).unwrap_or(u32::MAX);
+        let free = (0..entries).find(|slot| !taken.contains(slot));
+        free.ok_or(CaptureError::MapFull { map: maps::WORKLOADS, entries })
     }
 
     /// The last step of an enrolment: its pin says that the workload needs no second look at old connections.

@@ -103,6 +103,7 @@ struct PinnedMaps {
     workloads: OwnedFd,
     proxy_cgroups: OwnedFd,
     captured: OwnedFd,
+    note_counts: sys::Counters,
     listener_tags: OwnedFd,
     listeners: OwnedFd,
     preexisting: OwnedFd,
@@ -190,6 +191,9 @@ impl PinnedMaps {
             workloads: open(maps::WORKLOADS)?,
             proxy_cgroups: open(maps::PROXY_CGROUPS)?,
             captured: open(maps::CAPTURED)?,
+            note_counts: context(sys::Counters::map(open(maps::NOTE_COUNTS)?.as_fd()), || {
+                format!("map {}", pins.map(maps::NOTE_COUNTS).display())
+            })?,
             listener_tags: open(maps::LISTENER_TAGS)?,
             listeners: open(maps::LISTENERS)?,
             preexisting: open(maps::PREEXISTING)?,

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 
 use mesh_ebpf_common::abi::{Addr, OriginalDst, PeerKey};
 use mesh_ebpf_common::maps;
@@ -21,7 +22,24 @@ impl Capture {
             PeerKey { addr: Addr::from(peer.ip()), netns_cookie: cookie, port: peer.port().to_be(), reserved: [0; 3] };
         let taken: Option<OriginalDst> =
             context(sys::take(self.maps.captured.as_fd(), &key), || format!("look up the destination of {peer}"))?;
+        if let Some(note) = &taken {
+            self.count_off(note);
+        }
         Ok(taken.map(|original| SocketAddr::new(IpAddr::from(original.dst), u16::from_be(original.port))))
+    }
+
+    fn count_off(&self, removed: &OriginalDst) {
+        if let Some(count) = self.maps.note_counts.get(removed.slot) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Begins a workload's count anew: a proxy that was killed may have taken a note and not counted it off. Notes that
+    /// come and go meanwhile make it wrong by as many, until the next time.
+    pub(super) fn count_anew(&self, slot: u32, notes: usize) {
+        if let Some(count) = self.maps.note_counts.get(slot) {
+            count.store(i64::try_from(notes).unwrap_or(i64::MAX), Ordering::Relaxed);
+        }
     }
 
     /// Original destinations that wait for the proxy: how it sees the peer, and the cookie of the peer's socket.
@@ -49,8 +67,10 @@ impl Capture {
         for (key, socket_cookie) in notes.iter().filter(|(key, _)| !ends.contains(&(key.addr, key.port))) {
             let remove = || -> io::Result<()> {
                 let now: Option<OriginalDst> = sys::lookup(map, key)?;
-                if now.is_some_and(|note| note.socket_cookie == *socket_cookie) {
-                    sys::remove(map, key)?;
+                if let Some(note) = now.filter(|note| note.socket_cookie == *socket_cookie)
+                    && sys::remove(map, key)?
+                {
+                    self.count_off(&note);
                 }
                 Ok(())
             };

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::AtomicI64;
 
 use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, OriginalDst, PeerKey, Workload};
 
@@ -406,6 +407,45 @@ pub(super) fn count_keys(map: BorrowedFd<'_>, key_size: usize, limit: usize) -> 
 /// The value of every CPU at `index` of a per-CPU array of `u64`.
 pub(super) fn lookup_per_cpu(map: BorrowedFd<'_>, index: u32, words: &mut [u64]) -> io::Result<()> {
     bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, &index, words.as_mut_ptr() as u64, 0)).map(drop)
+}
+
+/// The values of an array of 64-bit counters (`BPF_F_MMAPABLE`, Linux 5.5), as the kernel programs see them.
+pub(super) struct Counters {
+    start: std::ptr::NonNull<AtomicI64>,
+    entries: usize,
+}
+
+// SAFETY: shared memory of the kernel's that is only changed atomically, by all sides; it belongs to no thread.
+unsafe impl Send for Counters {}
+// SAFETY: as above.
+unsafe impl Sync for Counters {}
+
+impl Counters {
+    pub(super) fn map(map: BorrowedFd<'_>) -> io::Result<Self> {
+        let entries = usize::try_from(map_info(map)?.max_entries).map_err(io::Error::other)?;
+        let (length, fd) = (entries * size_of::<AtomicI64>(), map.as_raw_fd());
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping where the kernel likes; the kernel refuses more than the array has.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, access, libc::MAP_SHARED, fd, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = std::ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, entries })
+    }
+
+    pub(super) fn get(&self, index: u32) -> Option<&AtomicI64> {
+        let index = usize::try_from(index).ok().filter(|index| *index < self.entries)?;
+        // SAFETY: inside the mapping, which lives as long as `self`; zeroed memory is a valid counter.
+        Some(unsafe { self.start.add(index).as_ref() })
+    }
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and no reference outlives `self`.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.entries * size_of::<AtomicI64>()) };
+    }
 }
 
 /// `getsockopt` of an integer at `SOL_SOCKET`.

@@ -49,14 +49,30 @@ pub fn listen(fd: BorrowedFd<'_>, addr: SocketAddr) -> io::Result<()> {
 
 /// `connect`, at most for `timeout`.
 pub fn connect(fd: OwnedFd, addr: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    set_nonblocking(fd.as_fd(), true)?;
-    match nix::sys::socket::connect(fd.as_raw_fd(), &sockaddr(addr)) {
-        Ok(()) => {}
-        Err(nix::errno::Errno::EINPROGRESS) => wait_connected(fd.as_fd(), timeout)?,
-        Err(errno) => return Err(errno.into()),
+    if !begin_connect(fd.as_fd(), addr)? {
+        wait_connected(fd.as_fd(), timeout)?;
     }
     set_nonblocking(fd.as_fd(), false)?;
     Ok(TcpStream::from(fd))
+}
+
+/// `connect` without waiting; whether it is done already.
+pub fn begin_connect(fd: BorrowedFd<'_>, addr: SocketAddr) -> io::Result<bool> {
+    set_nonblocking(fd, true)?;
+    match nix::sys::socket::connect(fd.as_raw_fd(), &sockaddr(addr)) {
+        Ok(()) => Ok(true),
+        Err(nix::errno::Errno::EINPROGRESS) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Puts a socket under repair (`TCP_REPAIR`): it connects without a handshake, and sends nothing.
+pub fn repair(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let on = 1_i32;
+    // SAFETY: pointer and length are of one live value.
+    let set =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, (&raw const on).cast(), 4) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn wait_connected(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<()> {
