@@ -27,7 +27,6 @@ use crate::certificates::{Certificates, CertificatesHandle};
 use crate::config::Config;
 use crate::controller::ControllerConfig;
 use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
-use crate::logging;
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
 use crate::runtime::{OriginalDst, Shared};
@@ -36,6 +35,7 @@ use crate::supervisor::client::{Kept, StoreClient};
 use crate::supervisor::{EXIT_CONFIG, process};
 use crate::workers::DataPath;
 use crate::xds::{XdsClient, XdsStatus};
+use crate::{interfaces, logging};
 
 /// Threads of everything but the data path.
 const CONTROL_THREADS: usize = 2;
@@ -161,6 +161,8 @@ impl App {
         let events = Arc::new(events::EventLog::default());
         let ring = outside.capture.events().context("events of the kernel programs")?;
         let admin_socket = listen::unix(&config.admin_socket)?;
+        let interfaces =
+            interfaces::follow(Arc::clone(&outside.capture), Arc::clone(&outside.shared), self.hand_on.clone());
         let state = Arc::new(AdminState {
             node: config.node.as_str().into(),
             controller: config.controller.clone(),
@@ -190,6 +192,8 @@ impl App {
         self.spawn("controller stream", parts.xds.run(end.clone()));
         self.spawn("certificates", parts.certificates.run(end.clone()));
         self.spawn("admin", admin::serve(admin_socket, state, end.clone()));
+        // The next proxy guards with programs of its own version.
+        self.spawn("interfaces", interfaces);
         self.spawn("kernel events", events::follow(ring, events, outside.shared, end));
         self.spawn(
             "metrics port",

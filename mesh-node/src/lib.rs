@@ -22,6 +22,7 @@ pub mod hbone;
 pub mod http_server;
 pub mod identity;
 pub mod inbound;
+pub mod interfaces;
 pub mod limits;
 pub mod logging;
 pub mod metrics;

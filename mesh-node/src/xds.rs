@@ -126,17 +126,8 @@ impl XdsClient {
         let has_stored = stored.is_some();
         let held = Held::new(&controller.network, controller.root_namespace.clone(), stored);
         let (status, receiver) = watch::channel(XdsStatus::default());
-        let client = Self {
-            controller,
-            storage,
-            shared,
-            changed,
-            status,
-            held,
-            store_at: None,
-            stored: None,
-            complained: None,
-        };
+        let client =
+            Self { controller, storage, shared, changed, status, held, store_at: None, stored: None, complained: None };
         if has_stored {
             client.publish(ConfigSource::Snapshot);
         }

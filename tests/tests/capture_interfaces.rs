@@ -1,20 +1,47 @@
 //! Interfaces of a workload that come, go and move after its enrolment.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use mesh_ebpf_common::outcome::{Hook, Reason};
+use mesh_node::interfaces::follow;
 use mesh_tests::capture_bed::proxy::{Mesh, application};
 use mesh_tests::capture_bed::tcp::connect;
 use mesh_tests::capture_bed::{
     Bed, Group, LATE_POD_V4, LATE_POD_V6, PATIENCE, POD_V4, POD_V6, counts, eventually, read_line,
 };
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
 
 const PORT: u16 = 8090;
 /// The workload's application on the late link.
 const APP: SocketAddr = SocketAddr::new(IpAddr::V4(LATE_POD_V4), PORT);
+
+/// Follows changes as the node proxy does, until dropped.
+struct Follower {
+    cancel: CancellationToken,
+    runtime: Option<Runtime>,
+}
+
+impl Follower {
+    fn of(mesh: &Mesh) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let cancel = CancellationToken::new();
+        runtime.spawn(follow(Arc::clone(&mesh.capture), Arc::default(), cancel.clone()));
+        Self { cancel, runtime: Some(runtime) }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        self.runtime.take().into_iter().for_each(|runtime| runtime.shutdown_timeout(PATIENCE));
+    }
+}
 
 /// What the proxy asks for when something changed.
 fn renew(mesh: &Mesh) {
@@ -121,4 +148,79 @@ fn an_interface_that_cannot_be_guarded_is_shut() {
     let mut stream = mesh.call(SocketAddr::new(POD_V4.into(), PORT)).expect("by eth0");
     assert!(read_line(&mut stream).unwrap().starts_with("in 15006 "));
     assert_eq!(app.accepted(), 0);
+}
+
+#[test]
+fn a_new_interface_is_noticed_and_guarded_and_nothing_gets_by_until_then() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mesh = Mesh::with(open);
+        let everywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT);
+        let app = application(&mesh.bed, &mesh.bed.pod, Group::App, &[everywhere]);
+        let _follower = Follower::of(&mesh);
+        for index in [100, 101] {
+            mesh.bed.add_link(index);
+            eventually("a connection by the mesh", || match mesh.call(APP) {
+                Ok(mut stream) => read_line(&mut stream).is_ok_and(|line| line.starts_with("in 15006 ")),
+                Err(_) => false,
+            });
+            assert_eq!(app.accepted(), 0);
+            mesh.bed.pod.ip(&["link", "del", "late0"]);
+        }
+    }
+}
+
+/// Which changes are worth a look.
+#[test]
+fn what_opens_nothing_is_not_looked_at() {
+    let mesh = Mesh::with(Bed::capture_by_clsact);
+    let cookie = mesh.bed.pod.cookie();
+    let heard = || -> Vec<u64> {
+        let mut heard = BTreeSet::new();
+        while let Some(cookies) = mesh.capture.changed().unwrap() {
+            heard.extend(cookies);
+        }
+        heard.into_iter().collect()
+    };
+    mesh.bed.pod.ip(&["link", "set", "eth0", "down"]);
+    mesh.bed.pod.ip(&["link", "set", "eth0", "up"]);
+    mesh.bed.pod.ip(&["addr", "add", "10.77.0.3/24", "dev", "eth0"]);
+    heard();
+    renew(&mesh);
+    mesh.bed.pod.ip(&["link", "set", "eth0", "alias", "x"]);
+    assert_eq!(heard(), [0; 0], "a renewal and a known link");
+    mesh.bed.pod.ip(&["link", "add", "late0", "type", "veth", "peer", "name", "late1"]);
+    assert_eq!(heard(), [cookie], "new links");
+    let new = mesh.capture.guard_again(cookie).unwrap();
+    assert_eq!(new.iter().map(|new| &*new.name).collect::<BTreeSet<_>>(), BTreeSet::from(["late0", "late1"]));
+    assert_eq!(heard(), [0; 0], "guarding them");
+    mesh.bed.pod.tc(&["qdisc", "del", "dev", "eth0", "clsact"]);
+    assert_eq!(heard(), [cookie], "a guard is gone");
+    mesh.bed.pod.ip(&["rule", "del", "priority", "1338"]);
+    assert_eq!(heard(), [cookie], "a rule is gone");
+    assert_eq!(mesh.capture.guard_again(cookie).unwrap(), []);
+    mesh.capture.unenroll(cookie, Some(mesh.bed.pod.fd())).unwrap();
+    mesh.bed.pod.ip(&["link", "del", "late0"]);
+    assert_eq!(heard(), [0; 0], "it has left");
+    assert_eq!(mesh.capture.guard_again(cookie).unwrap(), []);
+    assert_eq!(mesh.capture.programs_attached().unwrap().iter().filter(|row| row.name.contains("tc_")).count(), 0);
+}
+
+/// Root of the workload takes away what it can, before Linux 6.6.
+#[test]
+fn what_root_of_the_workload_takes_away_comes_back() {
+    let mesh = Mesh::with(Bed::capture_by_clsact);
+    let address = SocketAddr::new(POD_V4.into(), PORT);
+    let _app = application(&mesh.bed, &mesh.bed.pod, Group::App, &[address]);
+    let _follower = Follower::of(&mesh);
+    let by_the_mesh = || match mesh.call(address) {
+        Ok(mut stream) => read_line(&mut stream).is_ok_and(|line| line.starts_with("in 15006 ")),
+        Err(_) => false,
+    };
+    assert!(by_the_mesh());
+    mesh.bed.pod.tc(&["filter", "del", "dev", "eth0", "ingress"]);
+    eventually("the filter is back", by_the_mesh);
+    mesh.bed.pod.tc(&["qdisc", "del", "dev", "eth0", "clsact"]);
+    eventually("the discipline is back", by_the_mesh);
+    mesh.bed.pod.ip(&["rule", "del", "priority", "1338"]);
+    eventually("the rule is back", || mesh.bed.pod.ip(&["rule"]).contains("0x53a"));
 }

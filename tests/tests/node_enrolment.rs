@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
 
 use mesh_api::admin::BpfState;
 use mesh_api::proto::workload::zds;
 use mesh_api::proto::workload::zds::workload_request::Payload;
+use mesh_ctl::sandbox::netns::run_in;
 use mesh_ctl::sandbox::{Enrolment, Part, Workload};
 use mesh_node::seqpacket::{self, Received};
 use mesh_tests::mesh_bed::{Attempt, MeshBed, PATIENCE, echo, eventually, two_nodes};
@@ -103,6 +105,39 @@ fn a_workload_leaves_the_mesh_and_comes_back() {
         assert_eq!(enrolled(&bed, "node-a"), ["client", "near"]);
         bed.stream("client", far).wait("traffic in the mesh", Attempt::is_ok);
     }
+}
+
+/// Puts one more link into a workload's namespace and returns the index of one end.
+fn add_link(bed: &MeshBed, workload: &str) -> u32 {
+    run_in(&bed.sandbox.layout.netns(workload), || {
+        let link = ["link", "add", "late0", "type", "veth", "peer", "name", "late1"];
+        anyhow::ensure!(Command::new("ip").args(link).status()?.success(), "ip {link:?}");
+        Ok(nix::net::if_::if_nametoindex("late0")?)
+    })
+    .unwrap()
+}
+
+/// Where a program is attached in a workload's namespace.
+fn places(bed: &MeshBed, node: &str, program: &str, workload: &str) -> Vec<String> {
+    let state: BpfState = bed.admin(node, "/bpf").expect("the kernel's state");
+    let all = state.programs.iter().filter(|row| row.program == program).flat_map(|row| &row.attached_to);
+    all.filter(|place| place.starts_with(workload)).cloned().collect()
+}
+
+#[test]
+fn an_interface_that_a_workload_gets_later_is_guarded() {
+    let bed = MeshBed::up("late", two_nodes());
+    let guarded = |bed: &MeshBed, workload: &str, index: u32| {
+        let place = format!("ifindex {index})");
+        for program in ["tc_ingress", "tc_egress_l2"] {
+            eventually("the guard", || {
+                places(bed, "node-a", program, workload).iter().any(|at| at.ends_with(&place)).then_some(())
+            });
+        }
+    };
+    let index = add_link(&bed, "near");
+    guarded(&bed, "near", index);
+    bed.stream("client", bed.address("near")).wait("traffic", Attempt::is_ok);
 }
 
 /// An agent of ours in the place of the sandbox's, for one node.

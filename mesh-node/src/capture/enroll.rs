@@ -67,13 +67,15 @@ impl Capture {
         let uid = request.uid;
         let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
         let listeners = context(describe(request.listeners), || format!("listeners of {uid}"))?;
-        let first_time = !self.pins.workload(cookie).join(LOOKUP).exists();
-        // Held to the end: places of workloads are given out here, and programs attached.
         let mut guard = self.programs();
-        let slot = self.register(cookie, request, &listeners)?;
+        let _alone = self.lock()?;
         let programs = &mut *guard;
+        let first_time = !self.pins.workload(cookie).join(LOOKUP).exists();
+        // Places of workloads are given out here, too.
+        let slot = self.register(cookie, request, &listeners)?;
         let directory = self.pins.workload(cookie);
         context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
+        let place = Place { name: uid, cookie, netns: request.netns, directory: &directory };
         let inside = in_netns(request.netns, || {
             let diag = context(SockDiag::open(), || format!("list sockets of {uid}"))?;
             let sockets = || context(diag.sockets(), || format!("list sockets of {uid}"));
@@ -81,7 +83,7 @@ impl Capture {
             if first_time {
                 known += self.note_preexisting(&sockets()?)?;
             }
-            let (found, ends) = self.guard(programs, &Place { uid, netns: request.netns, directory: &directory })?;
+            let (found, ends) = self.guard(programs, &place)?;
             if first_time {
                 let after = sockets()?;
                 known = known.max(self.note_preexisting(&after)?);
@@ -104,6 +106,9 @@ impl Capture {
     /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and
     /// clsact filters, and may be left out if the namespace is gone.
     pub fn unenroll(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), CaptureError> {
+        let _no_guard_meanwhile = self.programs();
+        let _alone = self.lock()?;
+        self.watches.remove(cookie);
         let directory = self.pins.workload(cookie);
         remove_pins(&directory, netns, self.node.as_fd())?;
         let what = || format!("unenrol the workload with cookie {cookie}");

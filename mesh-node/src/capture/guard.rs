@@ -1,13 +1,17 @@
 //! The guard of a workload's interfaces: programs on each of them, and the gate for those that have none.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::error::{CaptureError, context};
 use super::netns::{Interface, in_netns, interfaces, merges_received};
 use super::node_end::node_end;
 use super::programs::Programs;
-use super::{Capture, gate, tc};
+use super::{Capture, gate, inner_route, tc};
 
 /// Interfaces of one workload that are guarded; no connection comes in by further ones. A pod has two or three.
 const MAX_INTERFACES: usize = 1024;
@@ -19,19 +23,57 @@ pub(super) type Guarded = (Vec<Interface>, Vec<Interface>);
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     /// Names it in errors.
-    pub(super) uid: &'a str,
+    pub(super) name: &'a str,
+    pub(super) cookie: u64,
     pub(super) netns: BorrowedFd<'a>,
     /// Where its pins are.
     pub(super) directory: &'a Path,
 }
 
 impl Capture {
+    /// Polls readable when [`Self::changed`] has something to say.
+    pub fn changes(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let descriptor = self.watches.descriptor()?;
+        // SAFETY: the descriptor is owned by what it is registered with, so it stays open and the same until then.
+        Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+    }
+
+    /// Cookies of enrolled namespaces in which an interface came or a guard went; `None` when there is no more to hear.
+    /// Does not wait, so that a runtime's thread may call it.
+    pub fn changed(&self) -> io::Result<Option<Vec<u64>>> {
+        self.watches.changed()
+    }
+
+    /// Guards a namespace as it is now. Returns the interfaces that had no guard; of one that is not enrolled any more,
+    /// none.
+    pub fn guard_again(&self, cookie: u64) -> Result<Vec<Interface>, CaptureError> {
+        let name = format!("the namespace with cookie {cookie}");
+        let mut guard = self.programs();
+        let programs = &mut *guard;
+        let _alone = self.lock()?;
+        let netns = context(self.watches.netns(cookie), || format!("open {name}"))?;
+        let Some(netns) = netns else { return Ok(Vec::new()) };
+        let directory = self.pins.workload(cookie);
+        let place = Place { name: &name, cookie, netns: netns.as_fd(), directory: &directory };
+        let before = self.watches.guarded(cookie);
+        let inside = in_netns(netns.as_fd(), || {
+            let (now, _ends) = self.guard(programs, &place)?;
+            context(inner_route::set_up(), || format!("set up routing of {name}"))?;
+            Ok(now)
+        });
+        let mut now = context(inside, || format!("enter {name}"))??;
+        now.retain(|interface| !before.contains(&interface.index));
+        Ok(now)
+    }
+
     /// Attaches to all interfaces, and then lets new connections in by these alone. Called in the namespace. Returns them
     /// and the node's ends of their links that are guarded too.
     ///
     /// An interface that cannot be guarded is an error, and stays shut; the others are guarded nevertheless.
     pub(super) fn guard(&self, programs: &mut Programs, place: &Place<'_>) -> Result<Guarded, CaptureError> {
-        let list = || context(interfaces(), || format!("list interfaces of {}", place.uid));
+        let list = || context(interfaces(), || format!("list interfaces of {}", place.name));
+        // Before the list, so that whatever comes is in it or is heard of.
+        context(self.watches.add(place.cookie), || format!("watch interfaces of {}", place.name))?;
         let found = list()?;
         tc::prune(place.directory, &found)?;
         let (mut guarded, mut ends, mut failed) = (Vec::with_capacity(found.len()), Vec::new(), Vec::new());
@@ -46,7 +88,8 @@ impl Capture {
         }
         let indexes: Vec<u32> = guarded.iter().map(|interface| interface.index).collect();
         let gate = gate::set(place.directory, place.netns, self.maps.counters.as_fd(), &indexes);
-        context(gate, || format!("set the gate of {}", place.uid))?;
+        context(gate, || format!("set the gate of {}", place.name))?;
+        self.watches.set_guarded(place.cookie, &indexes);
         if failed.is_empty() {
             return Ok((guarded, ends));
         }

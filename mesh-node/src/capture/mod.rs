@@ -25,6 +25,7 @@ mod programs;
 mod sock_diag;
 mod sys;
 mod tc;
+mod watch;
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -49,6 +50,7 @@ pub use programs::object_size;
 use error::context;
 use pins::Pins;
 use programs::Programs;
+use watch::Watches;
 
 /// How programs attach to interfaces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +98,7 @@ pub struct Capture {
     tc: TcMode,
     programs: Mutex<Programs>,
     maps: PinnedMaps,
+    watches: Watches,
 }
 
 /// Descriptors of the maps that user space reads and writes.
@@ -137,7 +140,7 @@ impl Capture {
         check_layout_directories(&config.bpffs)?;
         let pins = Pins::new(&config.bpffs);
         context(pins.create(), || format!("create {}", pins.root().display()))?;
-        let _lock = lock(pins.root())?;
+        let _alone = lock(pins.root())?;
         let programs = Programs::load(&pins, &config.map_entries)?;
         let maps = PinnedMaps::open(&pins)?;
         maps.check_layout(&pins)?;
@@ -147,7 +150,8 @@ impl Capture {
         programs.replace_in_workloads(&pins)?;
         programs.attach_to_cgroup(&pins, &config.pods_cgroup)?;
         let node = context(File::open("/proc/thread-self/ns/net"), || "open the node's network namespace".to_owned())?;
-        Ok(Self { pins, node: node.into(), tc: config.tc, programs: Mutex::new(programs), maps })
+        let watches = context(Watches::new(), || "watch interfaces".to_owned())?;
+        Ok(Self { pins, node: node.into(), tc: config.tc, programs: Mutex::new(programs), maps, watches })
     }
 
     /// Workloads that are enrolled in the kernel, by this process or an earlier one.
@@ -173,6 +177,10 @@ impl Capture {
     /// Where this node's pins are.
     pub fn pin_directory(&self) -> &Path {
         self.pins.root()
+    }
+
+    fn lock(&self) -> Result<Flock<File>, CaptureError> {
+        lock(self.pins.root())
     }
 
     fn programs(&self) -> std::sync::MutexGuard<'_, Programs> {
@@ -246,7 +254,7 @@ fn insert<K: sys::Plain, V: sys::Plain>(
     }
 }
 
-/// Keeps two processes from replacing the same programs at once.
+/// Keeps two processes from attaching to the same place at once.
 fn lock(dir: &Path) -> Result<Flock<File>, CaptureError> {
     let what = || format!("lock {}", dir.display());
     let file = context(File::open(dir), what)?;

@@ -135,7 +135,8 @@ fn request(family: u8, states: u32, id: &[u8; 48]) -> Vec<u8> {
     body
 }
 
-fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+/// Kind and body of the first netlink message, and what is behind it.
+pub(super) fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let length = usize::try_from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)).ok()?;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
     let body = bytes.get(HEADER_BYTES..length)?;
