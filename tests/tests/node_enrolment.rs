@@ -108,11 +108,12 @@ fn a_workload_leaves_the_mesh_and_comes_back() {
 }
 
 /// Puts one more link into a workload's namespace and returns the index of one end.
-fn add_link(bed: &MeshBed, workload: &str) -> u32 {
+fn add_link(bed: &MeshBed, workload: &str, name: &str) -> u32 {
     run_in(&bed.sandbox.layout.netns(workload), || {
-        let link = ["link", "add", "late0", "type", "veth", "peer", "name", "late1"];
+        let other_end = format!("{name}-peer");
+        let link = ["link", "add", name, "type", "veth", "peer", "name", &other_end];
         anyhow::ensure!(Command::new("ip").args(link).status()?.success(), "ip {link:?}");
-        Ok(nix::net::if_::if_nametoindex("late0")?)
+        Ok(nix::net::if_::if_nametoindex(name)?)
     })
     .unwrap()
 }
@@ -124,19 +125,38 @@ fn places(bed: &MeshBed, node: &str, program: &str, workload: &str) -> Vec<Strin
     all.filter(|place| place.starts_with(workload)).cloned().collect()
 }
 
+fn is_guarded(bed: &MeshBed, node: &str, workload: &str, index: u32) {
+    let place = format!("ifindex {index})");
+    for program in ["tc_ingress", "tc_egress_l2"] {
+        eventually("the guard", || {
+            places(bed, node, program, workload).iter().any(|at| at.ends_with(&place)).then_some(())
+        });
+    }
+}
+
 #[test]
 fn an_interface_that_a_workload_gets_later_is_guarded() {
     let bed = MeshBed::up("late", two_nodes());
-    let guarded = |bed: &MeshBed, workload: &str, index: u32| {
-        let place = format!("ifindex {index})");
-        for program in ["tc_ingress", "tc_egress_l2"] {
-            eventually("the guard", || {
-                places(bed, "node-a", program, workload).iter().any(|at| at.ends_with(&place)).then_some(())
-            });
-        }
-    };
-    let index = add_link(&bed, "near");
-    guarded(&bed, "near", index);
+    let index = add_link(&bed, "near", "late0");
+    is_guarded(&bed, "node-a", "near", index);
+    bed.stream("client", bed.address("near")).wait("traffic", Attempt::is_ok);
+}
+
+/// An adopted workload is not announced as long as there is no agent.
+#[test]
+fn a_new_proxy_guards_what_came_before_it_and_what_comes_after() {
+    let mut bed = MeshBed::up("later", two_nodes());
+    bed.sandbox.end_part(&Part::Agent).unwrap();
+    let proxy = bed.proxy("node-a");
+    kill(Pid::from_raw(proxy), Signal::SIGSTOP).unwrap();
+    let before = add_link(&bed, "near", "late0");
+    kill(Pid::from_raw(proxy), Signal::SIGKILL).unwrap();
+    eventually("another process that serves", || {
+        bed.status("node-a").filter(|status| status.ready && i32::try_from(status.pid) != Ok(proxy))
+    });
+    is_guarded(&bed, "node-a", "near", before);
+    let after = add_link(&bed, "near", "late2");
+    is_guarded(&bed, "node-a", "near", after);
     bed.stream("client", bed.address("near")).wait("traffic", Attempt::is_ok);
 }
 

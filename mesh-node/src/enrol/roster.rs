@@ -29,6 +29,8 @@ pub struct Roster {
     closed: BTreeMap<WorkloadUid, Closed>,
     /// Served, but something is missing; what.
     incomplete: BTreeMap<WorkloadUid, String>,
+    /// Adopted and not captured again yet.
+    unsettled: BTreeSet<WorkloadUid>,
     /// Announced since the agent connected.
     announced: BTreeSet<WorkloadUid>,
     metrics: EnrolMetrics,
@@ -70,6 +72,7 @@ impl Roster {
             trust_domain,
             closed: BTreeMap::new(),
             incomplete: BTreeMap::new(),
+            unsettled: adopted.into_keys().collect(),
             announced: BTreeSet::new(),
             metrics,
             answer_within: ANSWER_WITHIN,
@@ -78,24 +81,29 @@ impl Roster {
         roster
     }
 
-    /// Asks for certificates of adopted workloads, so that they are renewed, and captures those again that the kernel
-    /// forgot. Not needed for serving them.
-    pub async fn settle(&self) {
-        let host = Arc::clone(&self.host);
-        let captured = blocking(move || host.captured()).await.unwrap_or_else(|error| {
-            warn!(%error, "captured workloads cannot be read");
-            Vec::new()
-        });
-        let enrolled: Vec<_> = self.shared.view.load().enrolled.values().cloned().collect();
-        for workload in enrolled {
-            if !captured.contains(&workload.cookie)
-                && let Err(error) = self.renew(Arc::clone(&workload)).await
-            {
-                warn!(workload = &*workload.name, %error, "adopted workload is not captured");
-            }
+    /// Asks for certificates of adopted workloads, so that they are renewed.
+    pub fn certify_adopted(&self) {
+        for workload in self.shared.view.load().enrolled.values() {
             // The schedule of certificates goes on asking; nobody waits for this answer.
-            drop(self.host.certificate(kept::info(&workload).identity(&self.trust_domain)));
+            drop(self.host.certificate(kept::info(workload).identity(&self.trust_domain)));
         }
+    }
+
+    /// Captures one adopted workload again: the kernel may have forgotten it, interfaces may have come while no proxy ran,
+    /// and clsact filters are still those of the last version. Not needed for serving it. False when none is left.
+    pub async fn settle_one(&mut self) -> bool {
+        let Some(uid) = self.unsettled.pop_first() else { return false };
+        if let Some(workload) = self.enrolled(&uid)
+            && let Err(error) = self.renew(Arc::clone(&workload)).await
+        {
+            warn!(workload = &*workload.name, %error, "adopted workload is not captured as it should be");
+        }
+        true
+    }
+
+    /// Whether [`Self::settle_one`] has nothing to do.
+    pub fn is_settled(&self) -> bool {
+        self.unsettled.is_empty()
     }
 
     /// A new connection to the agent, which announces everything again.

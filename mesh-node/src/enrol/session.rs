@@ -39,6 +39,8 @@ enum Heard {
     Request(Request),
     Bad(BadRequest),
     Closed,
+    /// Not now.
+    Nothing,
 }
 
 impl Session {
@@ -54,17 +56,17 @@ impl Session {
     /// comes next.
     pub async fn run(mut self, cancel: CancellationToken) {
         let talk = async {
-            self.roster.settle().await;
+            self.roster.certify_adopted();
             let mut pause = RECONNECT_FIRST;
             loop {
                 match self.converse().await {
                     Ok(()) => pause = RECONNECT_FIRST,
-                    Err(error) => {
-                        self.log_unreachable(&error);
-                        pause = (pause * 2).min(RECONNECT_MAX);
-                    }
+                    Err(error) => self.log_unreachable(&error),
                 }
-                tokio::time::sleep(pause).await;
+                if !self.roster.settle_one().await {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RECONNECT_MAX);
+                }
             }
         };
         tokio::select! {
@@ -92,7 +94,12 @@ impl Session {
 
     async fn serve(&mut self, agent: &AsyncFd<OwnedFd>) -> io::Result<()> {
         loop {
-            let answer = match hear(agent).await? {
+            let heard = if self.roster.is_settled() { hear(agent).await? } else { hear_now(agent)? };
+            let answer = match heard {
+                Heard::Nothing => {
+                    self.roster.settle_one().await;
+                    continue;
+                }
                 Heard::Closed => return Ok(()),
                 Heard::Bad(error) => {
                     self.count_bad(&error);
@@ -131,15 +138,27 @@ impl Session {
 }
 
 async fn hear(agent: &AsyncFd<OwnedFd>) -> io::Result<Heard> {
-    let received = agent.async_io(Interest::READABLE, |fd| seqpacket::receive(fd.as_fd())).await?;
-    Ok(match received {
+    agent.async_io(Interest::READABLE, |fd| seqpacket::receive(fd.as_fd())).await.map(understand)
+}
+
+/// What has come already.
+fn hear_now(agent: &AsyncFd<OwnedFd>) -> io::Result<Heard> {
+    match seqpacket::receive(agent.as_fd()) {
+        Ok(received) => Ok(understand(received)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Heard::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
+fn understand(received: Received) -> Heard {
+    match received {
         Received::Closed => Heard::Closed,
         Received::Oversized => Heard::Bad(BadRequest::Oversized),
         Received::Message(message) => match protocol::parse(&message.bytes, message.fds) {
             Ok(request) => Heard::Request(request),
             Err(error) => Heard::Bad(error),
         },
-    })
+    }
 }
 
 async fn send(agent: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<()> {

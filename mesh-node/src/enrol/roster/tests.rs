@@ -179,19 +179,25 @@ async fn after_a_new_connection_everything_has_to_be_announced_again() {
 async fn namespaces_that_a_dead_proxy_captured_are_released_after_the_snapshot_only() {
     let mut scene = scene(Vec::new());
     scene.host.captured.lock().expect("lock").insert(4711);
-    scene.roster.settle().await;
     scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "serve a", "certificate web"]).await;
     scene.expect(Request::SnapshotSent, Ok(()), &["release unknown"]).await;
     assert_eq!(scene.host.captured.lock().expect("lock").len(), 1);
 }
 
 #[tokio::test]
-async fn settling_captures_what_the_kernel_forgot_and_asks_for_certificates() {
-    let scene = scene(vec![workload("a", "a", true)]);
-    scene.roster.settle().await;
-    assert_eq!(scene.host.asked(), ["serve a", "renew a", "certificate web"]);
-    scene.roster.settle().await;
-    assert_eq!(scene.host.asked(), ["certificate web"]);
+async fn every_adopted_workload_is_captured_again_unless_it_left() {
+    let mut scene = scene(vec![workload("a", "a", true), workload("b", "b", true), workload("c", "c", true)]);
+    scene.roster.certify_adopted();
+    assert_eq!(
+        scene.host.asked(),
+        ["serve a", "serve b", "serve c", "certificate web", "certificate web", "certificate web"]
+    );
+    scene.host.fail("renew");
+    assert!(scene.roster.settle_one().await && !scene.roster.is_settled());
+    scene.expect(del("b"), Ok(()), &["renew a", "stop b", "release"]).await;
+    while scene.roster.settle_one().await {}
+    assert!(scene.roster.is_settled());
+    assert_eq!(scene.host.asked(), ["renew c"]);
 }
 
 #[tokio::test]
