@@ -78,7 +78,7 @@ pub enum CloseReason {
 impl CloseReason {
     fn flags(&self) -> ResponseFlags {
         match self {
-            Self::Denied(_) => ResponseFlags::Deny,
+            Self::Denied(refusal) => refusal.into(),
             Self::IdentityWithdrawn(_) | Self::PeerDistrusted(_) => ResponseFlags::CertRevoked,
             Self::WorkloadStopped | Self::Drained => ResponseFlags::None,
         }

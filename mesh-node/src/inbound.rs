@@ -134,7 +134,7 @@ impl InboundError {
 
     fn flags(&self) -> ResponseFlags {
         match self {
-            Self::Refused(_) | Self::Closed(CloseReason::Denied(_)) => ResponseFlags::Deny,
+            Self::Refused(refusal) | Self::Closed(CloseReason::Denied(refusal)) => refusal.into(),
             Self::Closed(CloseReason::IdentityWithdrawn(_) | CloseReason::PeerDistrusted(_))
             | Self::NoCertificate(_)
             | Self::ClientExpired(_) => ResponseFlags::IdentityError,

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
+use mesh_core::flow::Refusal;
 use mesh_core::identity::SpiffeId;
 use mesh_core::service::Service;
 use mesh_core::workload::Workload;
@@ -64,6 +65,23 @@ impl ResponseFlags {
             Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
             Self::IdentityError => "IDENTITY_ERROR",
             Self::CertRevoked => "CERT_REVOKED",
+        }
+    }
+}
+
+impl From<&Refusal> for ResponseFlags {
+    fn from(refusal: &Refusal) -> Self {
+        match refusal {
+            Refusal::NoAllowMatched
+            | Refusal::Denied(_)
+            | Refusal::PolicyMissing(_)
+            | Refusal::ForeignTrustDomain(_) => Self::Deny,
+            Refusal::UnknownWorkload(_)
+            | Refusal::NoEndpoint(_)
+            | Refusal::NoPort(..)
+            | Refusal::ReservedPort(_)
+            | Refusal::WaypointNotReady(_)
+            | Refusal::SourceUnknown => Self::Connect,
         }
     }
 }

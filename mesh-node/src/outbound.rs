@@ -64,7 +64,7 @@ pub enum OutboundError {
 impl OutboundError {
     fn flags(&self) -> ResponseFlags {
         match self {
-            Self::Refused(_) => ResponseFlags::Deny,
+            Self::Refused(refusal) => refusal.into(),
             Self::NoCertificate(_) => ResponseFlags::IdentityError,
             Self::Tunnel(error) => error.flags(),
             Self::Dial { .. } | Self::Request(_) | Self::Closed(_) | Self::Slow => ResponseFlags::Connect,
