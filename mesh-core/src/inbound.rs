@@ -4,8 +4,11 @@
 //! workload, the one that the connection was made to. Names are for waypoints and gateways, which are not this proxy.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use crate::flow::RESERVED_PORTS;
+use crate::service::Service;
+use crate::snapshot::Snapshot;
 use crate::workload::Workload;
 
 /// Longest `:authority` that is looked at, in bytes. `[IPv6]:port` needs 47.
@@ -56,4 +59,11 @@ pub fn inbound_target(
         return Err(InboundRefusal::Port(target.port()));
     }
     Ok(target)
+}
+
+/// The service that a client says it addressed, if this workload is an endpoint of it. For telemetry: nothing is decided
+/// by it, and it can only be one of the workload's own, however much a client says.
+pub fn addressed_service<'a>(snapshot: &'a Snapshot, workload: &Workload, host: &str) -> Option<&'a Arc<Service>> {
+    let key = workload.services.keys().find(|key| *key.hostname == *host)?;
+    snapshot.service(key)
 }

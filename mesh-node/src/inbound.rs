@@ -14,7 +14,7 @@ use h2::server::SendResponse;
 use http::{Method, Request, Response, StatusCode};
 use mesh_core::flow::{InboundFlow, RESERVED_PORTS, Refusal};
 use mesh_core::identity::SpiffeId;
-use mesh_core::inbound::{InboundRefusal, inbound_target};
+use mesh_core::inbound::{InboundRefusal, addressed_service, inbound_target};
 use mesh_core::workload::Workload;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
@@ -319,6 +319,8 @@ async fn open_stream(
     };
     let mut description = describe(worker, serving, Carrier::Hbone, tunnel.peer, target, &workload);
     description.hbone_addr = Some(tunnel.local);
+    description.service = head::said_service(request.headers())
+        .and_then(|said| addressed_service(&worker.shared.view.load().snapshot, &workload, said).cloned());
     let server = identity_of(&serving.enrolled, &worker.config.trust_domain);
     description.identities = Some((tunnel.client.id.clone(), server));
     description.peer = Some(Arc::clone(&tunnel.client));

@@ -18,6 +18,8 @@ pub const TRACEPARENT: &str = "traceparent";
 
 /// Longest baggage that is read, bytes (W3C Baggage 3.3.2 asks for 8192 at least).
 const MAX_BAGGAGE_BYTES: usize = 8192;
+/// Longest `forwarded` that is read, bytes: an address, and a name of at most 253.
+const MAX_FORWARDED_BYTES: usize = 1024;
 /// Pairs that are read (W3C Baggage 3.3.2 asks for 64 at least).
 const MAX_BAGGAGE_PAIRS: usize = 64;
 
@@ -78,6 +80,15 @@ pub fn forwarded(client: SocketAddr, service_host: Option<&str>) -> String {
     value
 }
 
+/// The host name of the service that a client's node proxy says was addressed.
+pub fn said_service(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(FORWARDED)?.to_str().ok().filter(|value| value.len() <= MAX_FORWARDED_BYTES)?;
+    // Each proxy on the way appends an element; the first one is the client's.
+    let client = value.split(',').next()?;
+    let host = client.split(';').find_map(|pair| pair.trim().strip_prefix("host="))?.trim_matches('"');
+    (!host.is_empty()).then_some(host)
+}
+
 /// A fresh trace, not sampled.
 pub fn traceparent(rng: &mut impl Rng) -> String {
     // All zeros is invalid (W3C Trace Context 3.2.2.3).
@@ -132,4 +143,28 @@ pub fn parse_baggage(bytes: &[u8]) -> Baggage<'_> {
         }
     }
     baggage
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_service_that_a_client_addressed_is_read_back() {
+        let check = |forwarded: &str, expected: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            insert(&mut headers, FORWARDED, forwarded);
+            assert_eq!(said_service(&headers), expected, "{forwarded}");
+        };
+        let client = "[fd00::1]:40000".parse().unwrap();
+        check(&forwarded(client, Some("web.default.svc.cluster.local")), Some("web.default.svc.cluster.local"));
+        check(&forwarded(client, None), None);
+        check("for=10.0.0.1; host=\"web\" ;proto=http", Some("web"));
+        check("host=first, host=second", Some("first"));
+        check("for=a, host=second", None);
+        check("host=", None);
+        check("", None);
+        check(&format!("host={}", "x".repeat(MAX_FORWARDED_BYTES)), None);
+        assert_eq!(said_service(&HeaderMap::new()), None);
+    }
 }
