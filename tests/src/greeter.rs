@@ -43,7 +43,11 @@ impl Greeter {
                 if clients.peek().is_none() {
                     std::thread::sleep(LOOK_EVERY);
                 }
-                clients.for_each(|client| serve(client, &name, manner, &words));
+                for client in clients {
+                    let (name, words) = (name.clone(), Arc::clone(&words));
+                    // Ends with its client, or when reading has waited long enough.
+                    std::thread::spawn(move || serve(client, &name, manner, &words));
+                }
             }
         });
         Self { heard, stop, thread: Some(thread) }

@@ -26,6 +26,8 @@ const FRAME_BYTES: usize = 70_000;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 const ETHERNET_HEADER_BYTES: usize = 14;
 const TCP: u8 = 6;
+/// Record type 22 and the version that TLS 1.3 still writes into it (RFC 8446 5.1).
+const TLS_HANDSHAKE: [u8; 2] = [22, 3];
 
 /// Frames of a namespace's links, from now on.
 pub struct Wire {
@@ -40,6 +42,8 @@ pub struct Seen {
     pub frames: u64,
     /// Frames with the marker in them.
     pub markers: u64,
+    /// TCP segments that begin with a TLS handshake record.
+    pub tls: u64,
     /// TCP between pods: source, destination, and the ports, the lower one first.
     pub tcp: BTreeSet<(IpAddr, IpAddr, u16, u16)>,
     /// Frames that the kernel had no room for: anything could have been in them.
@@ -133,16 +137,23 @@ fn lost(socket: &OwnedFd) -> u64 {
 fn look(frame: &[u8], seen: &mut Seen) {
     seen.frames += 1;
     seen.markers += u64::from(frame.windows(MARKER.len()).any(|window| window == MARKER));
-    if let Some((from, to, a, b)) = tcp(frame)
-        && is_pod(from)
-        && is_pod(to)
-    {
-        seen.tcp.insert((from, to, a.min(b), a.max(b)));
+    if let Some(Segment { from, to, ports: [a, b], payload }) = tcp(frame) {
+        seen.tls += u64::from(payload.starts_with(&TLS_HANDSHAKE));
+        if is_pod(from) && is_pod(to) {
+            seen.tcp.insert((from, to, a.min(b), a.max(b)));
+        }
     }
 }
 
-/// Addresses and ports of a TCP segment in an Ethernet frame.
-fn tcp(frame: &[u8]) -> Option<(IpAddr, IpAddr, u16, u16)> {
+/// A TCP segment in an Ethernet frame.
+struct Segment<'a> {
+    from: IpAddr,
+    to: IpAddr,
+    ports: [u16; 2],
+    payload: &'a [u8],
+}
+
+fn tcp(frame: &[u8]) -> Option<Segment<'_>> {
     let kind = u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]);
     let packet = frame.get(ETHERNET_HEADER_BYTES..)?;
     let (from, to, protocol, segment): (IpAddr, IpAddr, u8, &[u8]) = match kind {
@@ -161,7 +172,11 @@ fn tcp(frame: &[u8]) -> Option<(IpAddr, IpAddr, u16, u16)> {
         _ => return None,
     };
     let port = |at: usize| Some(u16::from_be_bytes([*segment.get(at)?, *segment.get(at + 1)?]));
-    if protocol == TCP { Some((from, to, port(0)?, port(2)?)) } else { None }
+    if protocol != TCP {
+        return None;
+    }
+    let header = usize::from(segment.get(12)? >> 4) * 4;
+    Some(Segment { from, to, ports: [port(0)?, port(2)?], payload: segment.get(header..)? })
 }
 
 /// Addresses of the sandbox's pods.
