@@ -30,6 +30,7 @@ use crate::handshakes::Place;
 use crate::hbone::HANDSHAKE_TIMEOUT;
 use crate::hbone::head::{self, BAGGAGE};
 use crate::hbone::server::{self, ResetBudget, ServeError};
+use crate::hbone::windows::Share;
 use crate::identity::{NoCertificate, certificate, has_expired, identity_of};
 use crate::metrics::{ResponseFlags, count};
 use crate::relay::{self, RelayError, Stream, reset_on_close};
@@ -305,7 +306,7 @@ async fn open_stream(
     tunnel: &Tunnel,
     accepted: server::Accepted,
 ) -> Option<(Registered, TcpStream, Stream, Arc<ResetBudget>)> {
-    let server::Accepted { request, mut respond, resets } = accepted;
+    let server::Accepted { request, mut respond, resets, pressure } = accepted;
     let (target, workload) = match requested(worker, serving, tunnel, &request) {
         Ok(requested) => requested,
         Err(error) => {
@@ -351,7 +352,8 @@ async fn open_stream(
         return None;
     };
     registered.opened();
-    Some((registered, tcp, Stream { send, recv: request.into_body() }, resets))
+    let stream = Stream { send, recv: request.into_body(), share: Share::new(pressure) };
+    Some((registered, tcp, stream, resets))
 }
 
 /// What a CONNECT asks for.

@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::connections::{CloseReason, Live, Way};
+use crate::hbone::windows::Share;
 
 /// Most that is read at once: several TLS records, so that one system call feeds them all.
 const READ_BYTES: usize = 128 * 1024;
@@ -48,11 +49,13 @@ pub struct Stream {
     pub send: SendStream<Bytes>,
     /// From it.
     pub recv: RecvStream,
+    /// Told when bytes from it are not taken.
+    pub share: Share,
 }
 
 /// Carries between a TCP connection and a stream. `from_tcp` says which way the bytes read from TCP go.
 pub async fn tcp_and_stream(tcp: TcpStream, stream: Stream, live: &Live, from_tcp: Way) -> Result<(), RelayError> {
-    let Stream { mut send, mut recv } = stream;
+    let Stream { mut send, mut recv, mut share } = stream;
     let to_tcp = match from_tcp {
         Way::ToServer => Way::ToClient,
         Way::ToClient => Way::ToServer,
@@ -71,6 +74,7 @@ pub async fn tcp_and_stream(tcp: TcpStream, stream: Stream, live: &Live, from_tc
             if !down.done && down.poll(&tcp, &mut recv, live, to_tcp, cx)?.is_ready() {
                 down.done = true;
             }
+            share.set_stuck(!down.waiting.is_empty());
             if up.done && down.done {
                 return Poll::Ready(Ok(()));
             }

@@ -20,6 +20,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::keepalive::until_dead;
 use super::pool::{Checkout, Pool, PoolKey, PooledTunnel, TunnelId};
+use super::windows::{Pressure, Share, Windows};
 use super::{
     CLIENT_STREAMS, CONNECTION_WINDOW, FRAME_BYTES, FRAME_OVERHEAD_BYTES, HANDSHAKE_TIMEOUT, RESPONSE_HEADER_BYTES,
     SEND_BUFFER_BYTES, STREAM_WINDOW,
@@ -137,6 +138,7 @@ impl OpenError {
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
+    pressure: Arc<Pressure>,
     open: Arc<AtomicBool>,
     identity: Arc<CertifiedIdentity>,
     roots: Arc<RootStore>,
@@ -221,7 +223,7 @@ impl Tunnels {
         loop {
             let (lease, mut tunnel) = self.tunnel(target).await?;
             tried += 1;
-            match ask(&mut tunnel.send, request.clone()).await {
+            match ask(&mut tunnel, request.clone()).await {
                 Ok((StatusCode::OK, stream)) => return Ok(Opened { stream, lease, server: tunnel.server }),
                 Ok((status, _)) => return Err(OpenError::Answer(status)),
                 Err(error) if tried < MAX_TUNNELS_TRIED && another_tunnel_may_do(&error) => {
@@ -356,26 +358,28 @@ impl Tunnels {
         }
         let server = PeerProof::new(session.peer_certificates(), PeerRole::Server, Arc::clone(&view.roots))
             .map_err(|error| DialError::Tls { address, source: io::Error::other(error) })?;
-        let (send, driver) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(Turns::new(tls)))
+        let (send, connection) = timeout(HANDSHAKE_TIMEOUT, builder().handshake(Turns::new(tls)))
             .await
             .map_err(|_| DialError::Slow { address, what: "HTTP/2 preface" })?
             .map_err(|source| DialError::Http2 { address, source })?;
+        let windows = Windows::new(Instant::now());
         let tunnel = Tunnel {
             send,
+            pressure: windows.pressure(),
             open: Arc::new(AtomicBool::new(true)),
             identity,
             roots: Arc::clone(&view.roots),
             server: Arc::new(server),
         };
-        Ok((tunnel, driver))
+        Ok((tunnel, Driver { connection, windows }))
     }
 
     /// Runs a tunnel until its end.
     async fn drive(self: Arc<Self>, mut driver: Driver, key: Arc<PoolKey>, id: TunnelId, open: Arc<AtomicBool>) {
         self.metrics.counters.tunnels.fetch_add(1, Ordering::Relaxed);
-        let pings = driver.ping_pong();
+        let pings = driver.connection.ping_pong();
         tokio::select! {
-            result = driver => {
+            result = driver.run() => {
                 if let Err(error) = result {
                     tracing::debug!(address = %key.address, %error, "tunnel ended");
                 }
@@ -393,7 +397,25 @@ impl Tunnels {
     }
 }
 
-type Driver = h2::client::Connection<Turns<TlsStream<TunnelSocket>>, Bytes>;
+/// What makes a tunnel go.
+struct Driver {
+    connection: h2::client::Connection<Turns<TlsStream<TunnelSocket>>, Bytes>,
+    windows: Windows,
+}
+
+impl Driver {
+    async fn run(&mut self) -> Result<(), h2::Error> {
+        loop {
+            tokio::select! {
+                ended = &mut self.connection => return ended,
+                window = self.windows.due() => {
+                    let sent = self.connection.set_initial_window_size(window);
+                    self.windows.changed(window, &sent, Instant::now());
+                }
+            }
+        }
+    }
+}
 
 fn builder() -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
@@ -416,11 +438,11 @@ async fn wait(WaitFor(mut attempt): WaitFor) -> Result<(), Arc<DialError>> {
     }
 }
 
-async fn ask(send: &mut SendRequest<Bytes>, request: Request<()>) -> Result<(StatusCode, Stream), h2::Error> {
-    std::future::poll_fn(|cx| send.poll_ready(cx)).await?;
-    let (response, send) = send.send_request(request, false)?;
+async fn ask(tunnel: &mut Tunnel, request: Request<()>) -> Result<(StatusCode, Stream), h2::Error> {
+    std::future::poll_fn(|cx| tunnel.send.poll_ready(cx)).await?;
+    let (response, send) = tunnel.send.send_request(request, false)?;
     let (head, recv) = response.await?.into_parts();
-    Ok((head.status, Stream { send, recv }))
+    Ok((head.status, Stream { send, recv, share: Share::new(Arc::clone(&tunnel.pressure)) }))
 }
 
 /// The stream was certainly not carried, or nobody has sent a byte on it yet; a fresh tunnel may work.

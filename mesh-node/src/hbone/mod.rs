@@ -8,13 +8,15 @@ pub mod head;
 mod keepalive;
 pub mod pool;
 pub mod server;
+pub mod windows;
 
 use std::time::Duration;
 
-/// Flow-control window of a stream, bytes (ztunnel's).
+/// Flow-control window of a stream, bytes (ztunnel's); smaller while others are stuck.
 pub const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
-/// Flow-control window of a connection, bytes (ztunnel's).
-pub const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Flow-control window of a connection, bytes (ztunnel's is 16 MiB): room for what stuck streams hold ([`windows`]), and
+/// for what arrives until the peer knows of smaller windows.
+pub const CONNECTION_WINDOW: u32 = 24 * 1024 * 1024;
 /// Largest DATA frame that is accepted, bytes (ztunnel's).
 pub const FRAME_BYTES: u32 = 1024 * 1024;
 /// Largest header list of a request, bytes (ztunnel's).

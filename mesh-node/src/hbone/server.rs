@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::keepalive::until_dead;
+use super::windows::{Pressure, Windows};
 use super::{
     CONNECTION_WINDOW, FIRST_REQUEST_TIMEOUT, FRAME_BYTES, FRAME_OVERHEAD_BYTES, HANDSHAKE_TIMEOUT,
     REQUEST_HEADER_BYTES, SEND_BUFFER_BYTES, SERVER_STREAMS, STREAM_WINDOW,
@@ -87,6 +88,8 @@ pub struct Accepted {
     pub respond: SendResponse<Bytes>,
     /// To be told when the stream is reset before it carried anything.
     pub resets: Arc<ResetBudget>,
+    /// To be told when bytes from the stream are not taken.
+    pub pressure: Arc<Pressure>,
 }
 
 /// Serves one tunnel, whose peer may send `window` bytes before an application reads. `on_request` must not block; it
@@ -105,6 +108,7 @@ where
         .await
         .map_err(|_| ServeError::SlowPreface)??;
     let resets = Arc::new(ResetBudget::new(Instant::now()));
+    let mut windows = Windows::new(Instant::now());
     let pings = connection.ping_pong();
     let mut dead = pin!(async {
         match pings {
@@ -121,11 +125,16 @@ where
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     waiting_for_first = false;
-                    on_request(Accepted { request, respond, resets: Arc::clone(&resets) });
+                    let (resets, pressure) = (Arc::clone(&resets), windows.pressure());
+                    on_request(Accepted { request, respond, resets, pressure });
                 }
                 Some(Err(error)) => return Err(error.into()),
                 None => return Ok(()),
             },
+            window = windows.due() => {
+                let sent = connection.set_initial_window_size(window);
+                windows.changed(window, &sent, Instant::now());
+            }
             () = &mut dead => return Err(ServeError::Dead),
             () = resets.spent.notified() => {
                 connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
