@@ -187,6 +187,27 @@ fn a_reader_that_stops_stops_the_sender_costs_little_and_misses_nothing_when_it_
     });
 }
 
+/// Each has filled every buffer on its way, so that together they could fill what connections have in common.
+#[test]
+fn readers_that_stop_do_not_stop_others() {
+    const STALLED: usize = 12;
+    let bed = MeshBed::up("others", every_route());
+    for route in ROUTES {
+        let stalled: Vec<Ends> = (0..2 * STALLED).map(|_| bed.ends(route)).collect();
+        let pattern = Pattern::number(5);
+        std::thread::scope(|scope| {
+            for (number, ends) in stalled.iter().enumerate() {
+                let (pattern, from) = (&pattern, if number < STALLED { &ends.client } else { &ends.server });
+                scope.spawn(|| pattern.write_until_stalled(from));
+            }
+        });
+        for number in 0..8 {
+            let Ends { client, server } = bed.ends(route);
+            talk(&client, &server, &format!("{}, connection {number} beside those that stall", route.name));
+        }
+    }
+}
+
 #[test]
 fn much_goes_both_ways_at_once() {
     let bed = MeshBed::up("both", every_route());
