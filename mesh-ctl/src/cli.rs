@@ -27,8 +27,15 @@ pub struct Global {
     /// Leave the table's header out.
     #[arg(long, global = true, help_heading = "Output")]
     pub no_headers: bool,
-    /// Sandbox to look at.
-    #[arg(long, global = true, env = "MESH_SANDBOX", default_value = "default", help_heading = "Selectors")]
+    /// Sandbox to look at, make, use or end; those with different names do not meet.
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        env = "MESH_SANDBOX",
+        default_value = "default",
+        help_heading = "Selectors"
+    )]
     pub sandbox: String,
     /// Admin socket of a node proxy, instead of a sandbox's (repeatable).
     #[arg(long, global = true, value_name = "PATH", help_heading = "Selectors")]
@@ -215,9 +222,6 @@ pub struct LogsArgs {
 /// `sandbox` and its verbs.
 #[derive(Debug, Args)]
 pub struct SandboxArgs {
-    /// Name of the sandbox; those with different names do not meet.
-    #[arg(long, global = true, env = "MESH_SANDBOX", default_value = "default", help_heading = "Selectors")]
-    pub name: String,
     /// What to do.
     #[command(subcommand)]
     pub verb: SandboxVerb,

@@ -55,7 +55,7 @@ impl Sandbox {
         let layout = Layout::of(name)?;
         let lock = Lock::take(&layout)?;
         if State::load(&layout)?.is_some() {
-            bail!("the sandbox `{name}` exists already; end it with `mesh-ctl sandbox down --name {name}`");
+            bail!("the sandbox `{name}` exists already; end it with `mesh-ctl sandbox down --sandbox {name}`");
         }
         for workload in &mut topology.workloads {
             give_uid(workload)?;

@@ -176,7 +176,7 @@ impl Sandbox {
     /// # Errors
     /// It does not come up.
     pub fn start_agent(&mut self) -> Result<()> {
-        let argv = ["sandbox", "agent", "--name", &self.layout.name].map(String::from);
+        let argv = ["sandbox", "agent", "--sandbox", &self.layout.name].map(String::from);
         let argv: Vec<String> = std::iter::once(self.own_binary()?.display().to_string()).chain(argv).collect();
         let place = Place::open(&self.layout.part_cgroup("agent"), None)?;
         self.spawn(Part::Agent, &argv, &[], place)?;

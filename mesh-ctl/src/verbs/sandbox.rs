@@ -25,17 +25,17 @@ use crate::sandbox::{Enrolment, Layout, Mesh, Part, Phase, Sandbox, State, Topol
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
 pub(super) fn run(global: &Global, args: SandboxArgs) -> Output {
-    let name = args.name;
+    let name = global.sandbox.as_str();
     match args.verb {
-        SandboxVerb::Up => up(global, &name),
-        SandboxVerb::Status => status(global, &name),
-        SandboxVerb::Apply { file } => yaml::apply(global, &open(&name)?, &file),
-        SandboxVerb::Delete { file } => yaml::delete(global, &open(&name)?, &file),
-        SandboxVerb::Exec { workload, command } => exec(&name, &workload, &command),
-        SandboxVerb::Logs { part, follow } => logs(&name, part.as_deref(), follow),
+        SandboxVerb::Up => up(global, name),
+        SandboxVerb::Status => status(global, name),
+        SandboxVerb::Apply { file } => yaml::apply(global, &open(name)?, &file),
+        SandboxVerb::Delete { file } => yaml::delete(global, &open(name)?, &file),
+        SandboxVerb::Exec { workload, command } => exec(name, &workload, &command),
+        SandboxVerb::Logs { part, follow } => logs(name, part.as_deref(), follow),
         SandboxVerb::Down { all: true } => existing().iter().map(|name| down(name)).collect(),
-        SandboxVerb::Down { all: false } => down(&name),
-        SandboxVerb::Agent => Ok(agent::run(Layout::of(&name)?).map(|()| String::new())?),
+        SandboxVerb::Down { all: false } => down(name),
+        SandboxVerb::Agent => Ok(agent::run(Layout::of(name)?).map(|()| String::new())?),
         SandboxVerb::Serve { protocol, port, workload, version } => {
             runtime()?.block_on(serve::serve(protocol, port, Name { workload, version }))?;
             Ok(String::new())
@@ -271,4 +271,24 @@ fn down(name: &str) -> Output {
             )
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::cli::Cli;
+
+    /// `default` may be somebody's.
+    #[test]
+    fn the_sandbox_that_is_named_is_the_one_that_ends() {
+        let name = format!("no-such-{}", std::process::id());
+        for line in [["--sandbox", &name, "sandbox", "down"], ["sandbox", "down", "--sandbox", &name]] {
+            let cli = Cli::try_parse_from(["mesh-ctl"].iter().chain(&line)).expect("parses");
+            let text = crate::verbs::run(cli).map_err(|failure| failure.error).expect("nothing to end");
+            assert_eq!(text, format!("there is no sandbox `{name}`\n"));
+        }
+        // A second flag for the same would be read in one of two places only.
+        assert!(Cli::try_parse_from(["mesh-ctl", "sandbox", "--name", &name, "status"]).is_err());
+    }
 }
