@@ -139,19 +139,28 @@ impl<T> Listed<T> {
 }
 
 impl Target {
-    /// The mesh that the command line names.
+    /// The mesh that the command line names, with only the node that it names, if it names one.
     ///
     /// # Errors
-    /// There is no such sandbox, or the dump cannot be read.
-    pub fn of(global: &Global, saved: Option<&Saved>) -> Result<Self> {
+    /// There is no such sandbox or node, or the dump cannot be read.
+    pub async fn of(global: &Global, saved: Option<&Saved>) -> Result<Self> {
+        let only = global.node.as_deref();
         if let Some(file) = saved.and_then(|s| s.file.as_deref()) {
-            return Ok(Self::Dump(read_dump(file)?));
+            let mut dump = read_dump(file)?;
+            if let Some(node) = only {
+                keep_node(&mut dump, node)?;
+            }
+            return Ok(Self::Dump(dump));
         }
         if global.admin_socket.is_empty() && global.controller_socket.is_none() {
-            return Ok(Self::Sockets(sandbox(&global.sandbox, global.node.as_deref())?));
+            return Ok(Self::Sockets(sandbox(&global.sandbox, only)?));
         }
         let nodes = global.admin_socket.iter();
         let nodes = nodes.map(|s| NodeSocket { name: None, socket: s.clone(), access_log: None }).collect();
+        let nodes = match only {
+            Some(node) => nodes_named(nodes, node).await?,
+            None => nodes,
+        };
         Ok(Self::Sockets(Sockets { nodes, controller: global.controller_socket.clone() }))
     }
 
@@ -240,6 +249,38 @@ impl NodeSocket {
     }
 }
 
+/// Those of the sockets that are of this node. Each says itself whose it is.
+async fn nodes_named(sockets: Vec<NodeSocket>, node: &str) -> Result<Vec<NodeSocket>> {
+    let (mut others, mut failed) = (Vec::new(), None);
+    let mut found = Vec::new();
+    for socket in sockets {
+        match admin::get::<NodeStatus>(&socket.socket, "/status").await {
+            Ok(status) if status.node == node => found.push(NodeSocket { name: Some(status.node), ..socket }),
+            Ok(status) => others.push(status.node),
+            Err(error) => failed = failed.or(Some(anyhow!(error).context(format!("node {}", socket.label())))),
+        }
+    }
+    match failed {
+        // It may have been the one.
+        Some(error) if found.is_empty() => Err(error),
+        Some(_) | None if found.is_empty() => Err(no_node(node, &others)),
+        Some(_) | None => Ok(found),
+    }
+}
+
+/// Leaves only what one node said.
+fn keep_node(dump: &mut Value, node: &str) -> Result<()> {
+    let Some(items) = dump["items"].as_array_mut() else { return Err(no_node(node, &[])) };
+    let names = items.iter().map(|item| item["node"].as_str().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+    items.retain(|item| item["node"] == node);
+    if items.is_empty() { Err(no_node(node, &names)) } else { Ok(()) }
+}
+
+fn no_node(node: &str, known: &[String]) -> anyhow::Error {
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    anyhow!(Usage(format!("no node `{node}`; there are {known}")))
+}
+
 async fn ask<T: DeserializeOwned>(node: &NodeSocket, path: &str) -> Result<OnNode<T>> {
     let name = match &node.name {
         Some(name) => name.clone(),
@@ -256,8 +297,8 @@ fn sandbox(name: &str, only: Option<&str>) -> Result<Sockets> {
         ))));
     };
     if let Some(node) = only.filter(|n| state.topology.node_number(n).is_none()) {
-        let all: Vec<_> = state.topology.nodes.iter().map(|n| n.name.as_str()).collect();
-        return Err(anyhow!(Usage(format!("no node `{node}`; there are {}", all.join(", ")))));
+        let all: Vec<_> = state.topology.nodes.iter().map(|n| n.name.clone()).collect();
+        return Err(no_node(node, &all));
     }
     let nodes = state.topology.nodes.iter().filter(|n| only.is_none_or(|o| o == n.name));
     let socket = |name: &str| NodeSocket {
@@ -277,4 +318,101 @@ fn read_dump(file: &Path) -> Result<Value> {
         return Err(bad("no dump; write one with `mesh-ctl node-config all -o json`".into()));
     }
     Ok(dump)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// A directory that goes away with the value.
+    struct TempDir(PathBuf);
+
+    impl TempDir {
+        fn new(test: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("mesh-ctl-{test}-{}", std::process::id()));
+            std::fs::create_dir(&path).expect("a fresh name");
+            Self(path)
+        }
+    }
+
+    impl Drop for TempDir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn status(node: &str) -> Value {
+        json!({
+            "node": node, "version": "1", "pid": 1, "ready": true, "waitingFor": [], "controller": "c:1",
+            "controllerConnected": true, "configSource": "controller", "enrolled": [], "connections": 0, "uptimeSecs": 1,
+        })
+    }
+
+    /// An admin socket that says it is of this node, as long as the process lives.
+    fn serve(dir: &TempDir, node: &'static str) -> PathBuf {
+        let path = dir.0.join(node);
+        let listener = UnixListener::bind(&path).expect("binds");
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let body = status(node).to_string();
+                let head = BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+                head.for_each(drop);
+                let length = body.len();
+                let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
+                let _ = (&stream).write_all(answer.as_bytes());
+            }
+        });
+        path
+    }
+
+    async fn nodes(global: &Global, saved: Option<&Saved>) -> Result<Vec<String>> {
+        let gathered = Target::of(global, saved).await?.gather::<NodeStatus>(Section::Status).await;
+        assert!(gathered.errors.is_empty(), "{:?}", gathered.errors);
+        Ok(gathered.answers.into_iter().map(|answer| answer.item.node).collect())
+    }
+
+    fn of_node(node: &str) -> Global {
+        Global { node: Some(node.to_owned()), ..Global::default() }
+    }
+
+    #[tokio::test]
+    async fn one_node_of_those_whose_sockets_are_named() {
+        let dir = TempDir::new("sockets");
+        let sockets = ["node-a", "node-b"].map(|node| serve(&dir, node));
+        let global = |node| Global { admin_socket: sockets.to_vec(), ..of_node(node) };
+        assert_eq!(nodes(&global("node-b"), None).await.expect("is there"), ["node-b"]);
+        let error = nodes(&global("node-c"), None).await.expect_err("is not there");
+        assert_eq!(
+            (error.to_string().as_str(), crate::exit::code(&error)),
+            ("no node `node-c`; there are node-a, node-b", crate::exit::USAGE,)
+        );
+        // A change is made on this node alone.
+        let Target::Sockets(found) = Target::of(&global("node-a"), None).await.expect("is there") else { panic!() };
+        assert_eq!(found.nodes.iter().map(|n| &n.socket).collect::<Vec<_>>(), [&sockets[0]]);
+
+        // One that does not answer may be the one, or not matter.
+        let silent = Global { admin_socket: vec![dir.0.join("nobody"), sockets[1].clone()], ..of_node("node-b") };
+        assert_eq!(nodes(&silent, None).await.expect("is there"), ["node-b"]);
+        let error = nodes(&Global { node: Some("node-a".into()), ..silent }, None).await.expect_err("who knows");
+        assert_eq!(crate::exit::code(&error), crate::exit::UNAVAILABLE, "{error:#}");
+    }
+
+    #[tokio::test]
+    async fn one_node_of_a_saved_dump() {
+        let dir = TempDir::new("dump");
+        let file = dir.0.join("dump.json");
+        let item = |node: &str| json!({"node": node, "status": status(node)});
+        let dump = json!({"kind": "Dump", "controller": null, "items": [item("node-a"), item("node-b")]});
+        std::fs::write(&file, dump.to_string()).expect("writes");
+        let saved = Saved { file: Some(file) };
+        assert_eq!(nodes(&Global::default(), Some(&saved)).await.expect("both"), ["node-a", "node-b"]);
+        assert_eq!(nodes(&of_node("node-b"), Some(&saved)).await.expect("is there"), ["node-b"]);
+        let error = nodes(&of_node("node-c"), Some(&saved)).await.expect_err("is not there");
+        assert_eq!(error.to_string(), "no node `node-c`; there are node-a, node-b");
+    }
 }

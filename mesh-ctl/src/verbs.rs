@@ -64,8 +64,8 @@ fn block_on(verb: impl Future<Output = Output>) -> Output {
     runtime.block_on(verb)
 }
 
-fn target(global: &Global, saved: &Saved) -> anyhow::Result<Target> {
-    Target::of(global, Some(saved))
+async fn target(global: &Global, saved: &Saved) -> anyhow::Result<Target> {
+    Target::of(global, Some(saved)).await
 }
 
 /// A list of what the nodes said. Nodes that did not answer are named on stderr and make the verb fail.

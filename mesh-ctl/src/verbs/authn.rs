@@ -85,7 +85,7 @@ impl Row for Pair {
 }
 
 pub(super) async fn run(global: &Global, args: &TlsCheckArgs) -> Output {
-    let target = target(global, &Saved::default())?;
+    let target = target(global, &Saved::default()).await?;
     let directory = Directory::of(&target, global).await?;
     let from = directory.workload(&args.source)?;
     let source = client(&directory, &args.source)?;

@@ -44,7 +44,7 @@ impl Row for Trace {
 }
 
 pub(super) async fn run(global: &Global, args: &WhyArgs) -> Output {
-    let target = target(global, &Saved::default())?;
+    let target = target(global, &Saved::default()).await?;
     let directory = Directory::of(&target, global).await?;
     let client = client(&directory, &args.source)?;
     let (server, port) = endpoint(&directory, &args.destination, args.port)?;

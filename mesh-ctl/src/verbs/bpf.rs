@@ -17,17 +17,17 @@ const SHOWN_ATTACHMENTS: usize = 2;
 
 pub(super) async fn run(global: &Global, what: &Bpf) -> Output {
     match what {
-        Bpf::Status(saved) => status(global, target(global, saved)?.gather::<BpfState>(Section::Bpf).await),
+        Bpf::Status(saved) => status(global, target(global, saved).await?.gather::<BpfState>(Section::Bpf).await),
         Bpf::Map { name: None, saved } => {
-            let states = target(global, saved)?.gather::<BpfState>(Section::Bpf).await;
+            let states = target(global, saved).await?.gather::<BpfState>(Section::Bpf).await;
             listed(global, states.map(|state| state.maps).rows(), |row| row)
         }
         Bpf::Map { name: Some(name), saved } => {
             let path = format!("/bpf?map={name}");
-            entries(global, name, target(global, saved)?.gather_path::<BpfState>(Section::Bpf, &path).await)
+            entries(global, name, target(global, saved).await?.gather_path::<BpfState>(Section::Bpf, &path).await)
         }
         Bpf::Events(saved) => {
-            let events = target(global, saved)?.gather::<Vec<BpfEvent>>(Section::Events).await;
+            let events = target(global, saved).await?.gather::<Vec<BpfEvent>>(Section::Events).await;
             let mut rows = events.rows();
             rows.rows.sort_by(|a, b| a.item.time.cmp(&b.item.time));
             listed(global, rows, |row| row)

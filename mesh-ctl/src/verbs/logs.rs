@@ -91,7 +91,7 @@ impl Row for OnNode<Record> {
 }
 
 pub(super) async fn run(global: &Global, args: &LogsArgs) -> Output {
-    let target = target(global, &Saved::default())?;
+    let target = target(global, &Saved::default()).await?;
     let directory = Directory::of(&target, global).await?;
     let workload = directory.workload(&args.workload)?;
     let logs = target.access_logs();

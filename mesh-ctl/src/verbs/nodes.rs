@@ -14,20 +14,20 @@ use crate::target::{Section, Target};
 pub(super) async fn run(global: &Global, what: &NodeConfig) -> Output {
     match what {
         NodeConfig::Workload(saved) => {
-            let rows = target(global, saved)?.gather::<Vec<WorkloadRow>>(Section::Workloads).await.rows();
+            let rows = target(global, saved).await?.gather::<Vec<WorkloadRow>>(Section::Workloads).await.rows();
             listed(global, rows.filter(|w| in_namespace(global, &w.namespace)), WorkloadLine)
         }
         NodeConfig::Service(saved) => {
-            let rows = target(global, saved)?.gather::<Vec<ServiceRow>>(Section::Services).await.rows();
+            let rows = target(global, saved).await?.gather::<Vec<ServiceRow>>(Section::Services).await.rows();
             listed(global, rows.filter(|s| in_namespace(global, &s.namespace)), |row| row)
         }
         NodeConfig::Policy(saved) => {
-            let rows = target(global, saved)?.gather::<Vec<PolicyRow>>(Section::Policies).await.rows();
+            let rows = target(global, saved).await?.gather::<Vec<PolicyRow>>(Section::Policies).await.rows();
             listed(global, rows.filter(|p| in_namespace(global, &p.namespace)), |row| row)
         }
         NodeConfig::Certificate(saved) => certificates(global, saved).await,
         NodeConfig::Connections(saved) => {
-            let rows = target(global, saved)?.gather::<Vec<ConnectionRow>>(Section::Connections).await.rows();
+            let rows = target(global, saved).await?.gather::<Vec<ConnectionRow>>(Section::Connections).await.rows();
             let of = |c: &ConnectionRow| c.workload.rsplit_once('.').is_some_and(|(_, ns)| in_namespace(global, ns));
             listed(global, rows.filter(of), |row| row)
         }
@@ -219,7 +219,7 @@ impl Row for CertificateLine {
 }
 
 async fn certificates(global: &Global, saved: &Saved) -> Output {
-    let rows = target(global, saved)?.gather::<Vec<CertificateRow>>(Section::Certificates).await.rows();
+    let rows = target(global, saved).await?.gather::<Vec<CertificateRow>>(Section::Certificates).await.rows();
     let none = |state: &str| CertificateInfo {
         kind: "Leaf".to_owned(),
         serial: String::new(),
@@ -262,7 +262,7 @@ impl Row for OnNode<LogLevel> {
 }
 
 async fn log(global: &Global, level: Option<&str>) -> Output {
-    let target = target(global, &Saved::default())?;
+    let target = target(global, &Saved::default()).await?;
     let Target::Sockets(sockets) = &target else { return Ok(String::new()) };
     let (mut rows, mut errors) = (Vec::new(), Vec::new());
     for socket in &sockets.nodes {
@@ -283,7 +283,7 @@ async fn log(global: &Global, level: Option<&str>) -> Output {
 }
 
 async fn all(global: &Global, saved: &Saved) -> Output {
-    let target = target(global, saved)?;
+    let target = target(global, saved).await?;
     let format = if global.output == Format::Yaml { Format::Yaml } else { Format::Json };
     if let Target::Dump(dump) = &target {
         return Ok(render::document(dump, format)?);

@@ -89,7 +89,7 @@ impl Row for ProxyRow {
 }
 
 pub(super) async fn proxy_status(global: &Global, saved: &Saved) -> Output {
-    let target = target(global, saved)?;
+    let target = target(global, saved).await?;
     let gathered = target.gather::<NodeStatus>(Section::Status).await;
     let mut errors = gathered.errors;
     // What the nodes say is worth most when the controller says nothing.
@@ -164,7 +164,7 @@ pub(super) async fn version(global: &Global, saved: &Saved) -> Output {
         nodes,
     };
     let mut rows = vec![row("mesh-ctl", env!("CARGO_PKG_VERSION"), Vec::new())];
-    let (Ok(target), mut errors) = (target(global, saved), Vec::new()) else {
+    let (Ok(target), mut errors) = (target(global, saved).await, Vec::new()) else {
         eprintln!("mesh-ctl: no mesh to ask; this is the version of the client only");
         return Ok(render::list(&rows, View::of(global))?);
     };
@@ -184,7 +184,7 @@ pub(super) async fn version(global: &Global, saved: &Saved) -> Output {
 
 /// One screen.
 pub(super) async fn status(global: &Global, saved: &Saved) -> Output {
-    let target = target(global, saved)?;
+    let target = target(global, saved).await?;
     let (controller, mut errors) = match target.controller().await {
         Ok(controller) => (controller, Vec::new()),
         Err(error) => (None, vec![error]),
