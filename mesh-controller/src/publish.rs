@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use mesh_api::wds;
+use mesh_core::policy::PolicyScope;
 use mesh_core::snapshot::Change;
 
 use crate::ads::catalogue::{Resource, ResourceType, Update};
@@ -34,6 +35,7 @@ fn update(change: &Change) -> Update {
             (Vec::new(), Vec::new())
         }
     };
-    let body = content.bytes.to_vec();
-    Update::Put(kind, Resource { name, version: content.version.into(), body, aliases, member_of })
+    let is_named = matches!(change, Change::UpsertPolicy(policy) if policy.scope == PolicyScope::Workload);
+    let (version, body) = (content.version.into(), content.bytes.to_vec());
+    Update::Put(kind, Resource { name, version, body, aliases, member_of, is_named })
 }

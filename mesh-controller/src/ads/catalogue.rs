@@ -31,6 +31,8 @@ pub struct Resource {
     pub aliases: Vec<Arc<str>>,
     /// Services that it is an endpoint of: asking for one of them gives this resource as well.
     pub member_of: Vec<Arc<str>>,
+    /// A policy that concerns only workloads which name it.
+    pub is_named: bool,
 }
 
 /// A change of one resource.
@@ -228,10 +230,8 @@ mod tests {
 
     fn put(name: &str, version: &str, aliases: &[&str]) -> Update {
         let aliases = aliases.iter().map(|a| Arc::from(*a)).collect();
-        Update::Put(
-            Address,
-            Resource { name: name.into(), version: version.into(), body: vec![], aliases, member_of: vec![] },
-        )
+        let (name, version) = (name.into(), version.into());
+        Update::Put(Address, Resource { name, version, body: vec![], aliases, member_of: vec![], is_named: false })
     }
 
     fn remove(name: &str) -> Update {

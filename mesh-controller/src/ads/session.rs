@@ -1,8 +1,9 @@
 //! One delta stream, as a function of the client's requests and the catalogue.
 //!
-//! A type has at most one response in flight; what changes meanwhile is gathered into the next one. New policies are told
-//! before the workloads that name them and removed ones after them, because a workload that names a policy it does not
-//! have refuses everything.
+//! A type has at most one response in flight; what changes meanwhile is gathered into the next one. A new policy is told
+//! before the workloads that name it, because a workload that names a policy it does not have refuses everything. For
+//! the same reason a removed policy is told after them, and so is a changed one that concerns only workloads which name
+//! it: had it concerned all of them before, it would concern nobody until they name it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -39,8 +40,11 @@ struct TypeSession {
     asked: BTreeSet<Arc<str>>,
     /// By name: what the client was sent, none where there is no such resource.
     held: BTreeMap<Arc<str>, Option<Arc<str>>>,
-    /// Removals that wait for the other type.
-    waiting: BTreeSet<Arc<str>>,
+    /// Wildcard: names that the client has; kept for policies, of which there are few.
+    known: BTreeSet<Arc<str>>,
+    /// Removals and changes that wait until the other type is told up to this generation. Not until it is told
+    /// everything: in a busy mesh with a slow client that may never be.
+    waiting: BTreeMap<Arc<str>, u64>,
     in_flight: Option<InFlight>,
     rejected: BTreeMap<String, String>,
 }
@@ -130,16 +134,19 @@ impl Session {
     /// The next response, if there is something to say and room to say it. Call it until it gives none.
     pub fn next(&mut self, catalogue: &Catalogue) -> Result<Option<DeltaDiscoveryResponse>, SessionError> {
         for kind in ResourceType::ALL {
-            let hold_removals = match kind {
-                ResourceType::Authorization => self.is_behind(ResourceType::Address, catalogue)?,
-                ResourceType::Address if self.owes_puts(ResourceType::Authorization, catalogue)? => continue,
-                ResourceType::Address => false,
+            let before = match kind {
+                ResourceType::Authorization => self.told_up_to(ResourceType::Address, catalogue)?,
+                // Workloads may name new ones, and need no longer name those that concern all now.
+                ResourceType::Address if self.owes_policies(catalogue)? => continue,
+                ResourceType::Address => Some(catalogue.generation()),
             };
             let Some(session) = self.types.get_mut(&kind) else { continue };
             if session.in_flight.is_some() {
                 continue;
             }
-            let told = session.collect(kind, catalogue, hold_removals)?;
+            // The first response may come before the client has subscribed to the other type.
+            let before = before.filter(|_| session.answered || kind == ResourceType::Address);
+            let told = session.collect(kind, catalogue, before)?;
             if session.answered && told.put.is_empty() && told.removed.is_empty() {
                 continue;
             }
@@ -169,33 +176,26 @@ impl Session {
         self.types.values().flat_map(|session| session.rejected.clone()).collect()
     }
 
-    /// Whether a type that the client reads has changes that were not sent.
-    fn is_behind(&self, kind: ResourceType, catalogue: &Catalogue) -> Result<bool, TooFarBehind> {
-        let Some(session) = self.types.get(&kind) else { return Ok(false) };
-        match session.subscription {
-            Subscription::Wildcard if session.answered => {
-                Ok(catalogue.since(kind, session.sent_generation)?.next().is_some())
-            }
-            Subscription::Wildcard => Ok(true),
-            Subscription::Named(_) => Ok(session.in_flight.is_some()),
-        }
-    }
-
-    /// Whether a type that the client reads has new or changed resources that wait for an answer to the last response.
-    fn owes_puts(&self, kind: ResourceType, catalogue: &Catalogue) -> Result<bool, TooFarBehind> {
+    /// Whether there are policies to be told before workloads, and the client has not answered the last ones.
+    fn owes_policies(&self, catalogue: &Catalogue) -> Result<bool, TooFarBehind> {
+        let kind = ResourceType::Authorization;
         let Some(session) = self.types.get(&kind).filter(|session| session.in_flight.is_some()) else {
             return Ok(false);
         };
-        match &session.subscription {
-            Subscription::Wildcard if session.answered => {
-                Ok(catalogue.since(kind, session.sent_generation)?.any(|(_, resource)| resource.is_some()))
-            }
-            Subscription::Wildcard => Ok(true),
-            Subscription::Named(names) => {
-                let mut named = names.iter().flat_map(|name| catalogue.resolve(kind, name));
-                Ok(named.any(|resource| session.held.get(&resource.name) != Some(&Some(resource.version.clone()))))
-            }
-        }
+        let mut changed = catalogue.since(kind, session.sent_generation)?;
+        Ok(changed.any(|(name, resource)| resource.is_some_and(|resource| !session.comes_after(name, resource))))
+    }
+
+    /// The generation up to which the client was told a type: the latest one for a type that it does not read.
+    fn told_up_to(&self, kind: ResourceType, catalogue: &Catalogue) -> Result<Option<u64>, TooFarBehind> {
+        let latest = catalogue.generation();
+        let Some(session) = self.types.get(&kind) else { return Ok(Some(latest)) };
+        let is_behind = match session.subscription {
+            Subscription::Wildcard if !session.answered => return Ok(None),
+            Subscription::Wildcard => catalogue.since(kind, session.sent_generation)?.next().is_some(),
+            Subscription::Named(_) => session.in_flight.is_some(),
+        };
+        Ok(Some(if is_behind { session.sent_generation } else { latest }))
     }
 }
 
@@ -216,7 +216,8 @@ impl TypeSession {
             initial: BTreeMap::new(),
             asked: BTreeSet::new(),
             held: BTreeMap::new(),
-            waiting: BTreeSet::new(),
+            known: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             in_flight: None,
             rejected: BTreeMap::new(),
         }
@@ -264,33 +265,51 @@ impl TypeSession {
         Ok(!add.is_empty() || !drop.is_empty())
     }
 
-    fn collect(
-        &mut self,
-        kind: ResourceType,
-        catalogue: &Catalogue,
-        hold_removals: bool,
-    ) -> Result<Told, SessionError> {
+    /// Whether a change is told after the other type.
+    fn comes_after(&self, name: &Arc<str>, resource: &Resource) -> bool {
+        resource.is_named && self.known.contains(name)
+    }
+
+    /// `other`: the generation up to which the other type was told.
+    fn collect(&mut self, kind: ResourceType, catalogue: &Catalogue, other: Option<u64>) -> Result<Told, SessionError> {
         let mut told = Told::default();
+        let latest = catalogue.generation();
         match &self.subscription {
             Subscription::Wildcard if !self.answered => self.collect_all(kind, catalogue, &mut told),
             Subscription::Wildcard => {
                 for (name, resource) in catalogue.since(kind, self.sent_generation)? {
+                    self.waiting.remove(name);
                     match resource {
+                        Some(resource) if self.comes_after(name, resource) => {
+                            self.waiting.insert(name.clone(), latest);
+                        }
                         Some(resource) => told.put.push((None, resource.clone())),
                         None => told.removed.push(name.clone()),
                     }
-                    self.waiting.remove(name);
                 }
             }
             Subscription::Named(_) => self.collect_named(kind, catalogue, &mut told),
         }
-        self.sent_generation = catalogue.generation();
+        self.sent_generation = latest;
         self.collect_asked(kind, catalogue, &mut told);
-        if hold_removals {
-            self.waiting.extend(told.removed.drain(..));
-        } else {
-            let waiting = std::mem::take(&mut self.waiting);
-            told.removed.extend(waiting.into_iter().filter(|name| catalogue.named(kind, name).is_none()));
+        let is_ready = |generation: u64| other.is_some_and(|other| generation <= other);
+        if !is_ready(latest) {
+            self.waiting.extend(told.removed.drain(..).map(|name| (name, latest)));
+        }
+        let is_wildcard = matches!(self.subscription, Subscription::Wildcard);
+        for (name, _) in self.waiting.extract_if(.., |_, generation| is_ready(*generation)) {
+            match catalogue.named(kind, &name) {
+                None => told.removed.push(name),
+                Some(resource) if is_wildcard => told.put.push((None, resource.clone())),
+                // Dropped by the client and still there.
+                Some(_) => {}
+            }
+        }
+        if kind == ResourceType::Authorization {
+            self.known.extend(told.put.iter().map(|(_, resource)| resource.name.clone()));
+            for name in &told.removed {
+                self.known.remove(name);
+            }
         }
         Ok(told)
     }
@@ -298,10 +317,20 @@ impl TypeSession {
     /// Everything, but for what the client has already.
     fn collect_all(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
         let initial = std::mem::take(&mut self.initial);
-        let is_known = |r: &&Arc<Resource>| initial.get(&*r.name).is_some_and(|version| **version == *r.version);
-        told.put.extend(catalogue.all(kind).filter(|r| !is_known(r)).map(|r| (None, r.clone())));
-        let gone = initial.into_keys().filter(|name| catalogue.named(kind, name).is_none());
-        told.removed.extend(gone.map(Arc::from));
+        for resource in catalogue.all(kind) {
+            match initial.get(&*resource.name) {
+                Some(version) if **version == *resource.version => {}
+                Some(_) if resource.is_named => {
+                    self.waiting.insert(resource.name.clone(), catalogue.generation());
+                }
+                Some(_) | None => told.put.push((None, resource.clone())),
+            }
+        }
+        let initial: BTreeSet<Arc<str>> = initial.into_keys().map(Arc::from).collect();
+        told.removed.extend(initial.iter().filter(|name| catalogue.named(kind, name).is_none()).cloned());
+        if kind == ResourceType::Authorization {
+            self.known = initial;
+        }
     }
 
     /// What the subscribed names stand for now, compared with what was sent.
@@ -404,5 +433,7 @@ fn shorten(reason: &str) -> String {
     reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,16 @@ fn put(kind: ResourceType, name: &str, version: &str) -> Update {
 
 fn put_as(kind: ResourceType, name: &str, version: &str, aliases: &[&str]) -> Update {
     let aliases = aliases.iter().map(|a| Arc::from(*a)).collect();
-    Update::Put(kind, Resource { name: name.into(), version: version.into(), body: vec![], aliases, member_of: vec![] })
+    let (name, version) = (name.into(), version.into());
+    Update::Put(kind, Resource { name, version, body: vec![], aliases, member_of: vec![], is_named: false })
+}
+
+/// A policy that concerns only workloads which name it.
+fn put_named(name: &str, version: &str) -> Update {
+    match put(Authorization, name, version) {
+        Update::Put(kind, resource) => Update::Put(kind, Resource { is_named: true, ..resource }),
+        removal @ Update::Remove(..) => removal,
+    }
 }
 
 fn request(kind: ResourceType) -> DeltaDiscoveryRequest {
@@ -291,6 +300,118 @@ fn a_removal_that_waits_for_a_busy_type_is_not_lost() {
     s.ack(Address, &addr);
     s.expect(Address, "w=2");
     s.expect(Authorization, "-p");
+}
+
+/// A stream that holds a workload and a policy, both acknowledged.
+fn settled(policy: Update) -> Stream {
+    let mut s = Stream::new(vec![put(Address, "w", "1"), policy]);
+    s.session.hear(request(Authorization)).unwrap();
+    s.session.hear(request(Address)).unwrap();
+    let auth = s.next().unwrap();
+    let addr = s.expect(Address, "w=1");
+    s.ack(Authorization, &auth.nonce);
+    s.ack(Address, &addr);
+    s.silence();
+    s
+}
+
+#[test]
+fn a_policy_that_comes_to_be_named_is_told_after_the_workloads_that_name_it() {
+    for policy in [put(Authorization, "p", "1"), put_named("p", "1")] {
+        let mut s = settled(policy);
+        s.catalogue.apply(vec![put_named("p", "2"), put_named("new", "1"), put(Address, "w", "2")]);
+        let auth = s.expect(Authorization, "new=1");
+        let addr = s.expect(Address, "w=2");
+        s.ack(Authorization, &auth);
+        let auth = s.expect(Authorization, "p=2");
+        s.ack(Authorization, &auth);
+        s.ack(Address, &addr);
+        s.silence();
+    }
+}
+
+#[test]
+fn a_named_policy_that_changes_alone_is_told_at_once() {
+    let mut s = settled(put_named("p", "1"));
+    s.catalogue.apply(vec![put_named("p", "2")]);
+    s.expect(Authorization, "p=2");
+}
+
+#[test]
+fn a_policy_that_comes_to_concern_all_is_told_at_once() {
+    let mut s = settled(put_named("p", "1"));
+    s.catalogue.apply(vec![put(Authorization, "p", "2"), put(Address, "w", "2")]);
+    s.expect(Authorization, "p=2");
+    s.expect(Address, "w=2");
+}
+
+#[test]
+fn a_policy_that_was_gone_and_came_back_named_waits_as_well() {
+    let mut s = settled(put(Authorization, "p", "1"));
+    s.catalogue.apply(vec![Update::Remove(Authorization, "p".into()), put(Address, "w", "2")]);
+    s.catalogue.apply(vec![put_named("p", "2"), put(Address, "w", "3")]);
+    s.expect(Address, "w=3");
+    s.expect(Authorization, "p=2");
+}
+
+#[test]
+fn a_waiting_change_gives_way_to_a_later_one() {
+    let mut s = settled(put(Authorization, "p", "1"));
+    s.catalogue.apply(vec![put(Address, "w", "2")]);
+    let addr = s.expect(Address, "w=2");
+    s.catalogue.apply(vec![put_named("p", "2"), put(Address, "w", "3")]);
+    s.silence();
+    s.catalogue.apply(vec![Update::Remove(Authorization, "p".into())]);
+    s.silence();
+    s.ack(Address, &addr);
+    s.expect(Address, "w=3");
+    s.expect(Authorization, "-p");
+}
+
+#[test]
+fn what_waits_waits_for_what_was_before_it_and_not_for_all_that_comes() {
+    let mut s = settled(put(Authorization, "p", "1"));
+    s.catalogue.apply(vec![put_named("p", "2"), put(Address, "w", "2")]);
+    let mut addr = s.expect(Address, "w=2");
+    // Workloads change faster than the client answers.
+    s.catalogue.apply(vec![put(Address, "w", "3")]);
+    let auth = s.expect(Authorization, "p=2");
+    s.ack(Authorization, &auth);
+    s.catalogue.apply(vec![Update::Remove(Authorization, "p".into())]);
+    s.silence();
+    s.ack(Address, &addr);
+    addr = s.expect(Address, "w=3");
+    s.catalogue.apply(vec![put(Address, "w", "4")]);
+    s.expect(Authorization, "-p");
+    s.ack(Address, &addr);
+    s.expect(Address, "w=4");
+}
+
+#[test]
+fn on_a_reconnect_too_what_guards_workloads_goes_after_them() {
+    let having = |kind, list: &[(&str, &str)]| DeltaDiscoveryRequest {
+        initial_resource_versions: list.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
+        ..request(kind)
+    };
+    let mut s = Stream::new(vec![put(Address, "w", "2"), put_named("narrower", "2"), put_named("new", "1")]);
+    s.session.hear(having(Authorization, &[("narrower", "1"), ("gone", "1")])).unwrap();
+    // The other type is not subscribed yet.
+    let auth = s.expect(Authorization, "new=1");
+    s.session.hear(having(Address, &[("w", "1")])).unwrap();
+    let addr = s.expect(Address, "w=2");
+    s.ack(Authorization, &auth);
+    s.expect(Authorization, "narrower=2 -gone");
+    s.ack(Address, &addr);
+}
+
+#[test]
+fn a_client_of_policies_alone_is_told_everything() {
+    let mut s = Stream::new(vec![put_named("p", "2")]);
+    let initial_resource_versions = [("p", "1"), ("gone", "1")].map(|(n, v)| (n.to_owned(), v.to_owned())).into();
+    s.session.hear(DeltaDiscoveryRequest { initial_resource_versions, ..request(Authorization) }).unwrap();
+    let auth = s.expect(Authorization, "");
+    s.ack(Authorization, &auth);
+    s.expect(Authorization, "p=2 -gone");
 }
 
 #[test]
