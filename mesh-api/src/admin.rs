@@ -30,6 +30,12 @@ pub struct NodeStatus {
     pub enrolled: Vec<EnrolledWorkload>,
     /// Live connections.
     pub connections: u64,
+    /// Resources of the controller that were refused since start.
+    #[serde(default)]
+    pub refused_resources: u64,
+    /// Drops and refusals in the kernel that were counted and not reported one by one.
+    #[serde(default)]
+    pub suppressed_events: u64,
     /// Seconds since start.
     pub uptime_secs: u64,
 }

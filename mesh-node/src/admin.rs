@@ -128,6 +128,11 @@ impl AdminState {
             config_source: xds.source.as_str().to_owned(),
             enrolled: self.enrolment.borrow().workloads.clone(),
             connections: self.datapath.connection_count(),
+            refused_resources: xds.refused,
+            suppressed_events: self.capture.suppressed_events().unwrap_or_else(|error| {
+                tracing::warn!(%error, "status");
+                0
+            }),
             uptime_secs: self.started.elapsed().as_secs(),
         }
     }

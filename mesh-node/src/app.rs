@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use self::host::NodeHost;
+use crate::admin::metrics::{KernelCounts, PartCounts, ReadKernel};
 use crate::admin::{self, AdminState, events};
 use crate::capture::{Capture, CaptureConfig, CaptureError, own_cgroup};
 use crate::certificates::{Certificates, CertificatesHandle};
@@ -156,13 +157,17 @@ impl App {
         app.spawn_all(config, parts, outside)
     }
 
-    fn spawn_all(mut self, config: &Config, parts: Parts, outside: Outside) -> anyhow::Result<Self> {
+    fn spawn_all(mut self, config: &Config, parts: Parts, mut outside: Outside) -> anyhow::Result<Self> {
         let (readiness_sender, readiness) = watch::channel(Readiness::default());
         let events = Arc::new(events::EventLog::default());
         let ring = outside.capture.events().context("events of the kernel programs")?;
         let admin_socket = listen::unix(&config.admin_socket)?;
         let interfaces =
             interfaces::follow(Arc::clone(&outside.capture), Arc::clone(&outside.shared), self.hand_on.clone());
+        outside.registry.register_collector(Box::new(PartCounts {
+            xds: parts.xds_status.clone(),
+            kernel: read_kernel(&outside.capture),
+        }));
         let state = Arc::new(AdminState {
             node: config.node.as_str().into(),
             controller: config.controller.clone(),
@@ -289,6 +294,11 @@ fn is_configuration(error: &CaptureError) -> bool {
         | CaptureError::MapFull { .. }
         | CaptureError::Io { .. } => false,
     }
+}
+
+fn read_kernel(capture: &Arc<Capture>) -> ReadKernel {
+    let capture = Arc::clone(capture);
+    Box::new(move || Ok(KernelCounts { suppressed_events: capture.suppressed_events()? }))
 }
 
 fn original_dst(capture: &Arc<Capture>) -> OriginalDst {

@@ -1,18 +1,74 @@
-//! The metrics port: Prometheus text.
+//! The metrics port: Prometheus text, and what is read when it is asked for.
 
+use std::fmt;
 use std::sync::Arc;
 
 use http::StatusCode;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::capture::CaptureError;
 use crate::http_server::{self, Answer, Request};
+use crate::xds::XdsStatus;
 
 /// The paths: Prometheus' usual one and Istio's.
 const PATHS: [&str; 3] = ["/metrics", "/stats/prometheus", "/stats"];
 /// OpenMetrics, as the encoder writes it.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What the kernel programs counted.
+#[derive(Debug, Default)]
+pub struct KernelCounts {
+    /// Events that were counted and not sent.
+    pub suppressed_events: u64,
+}
+
+/// Reads what the kernel programs counted.
+pub type ReadKernel = Box<dyn Fn() -> Result<KernelCounts, CaptureError> + Send + Sync>;
+
+/// Counts of parts that keep them for other purposes too.
+pub struct PartCounts {
+    /// The controller's stream.
+    pub xds: watch::Receiver<XdsStatus>,
+    /// The kernel programs.
+    pub kernel: ReadKernel,
+}
+
+impl fmt::Debug for PartCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PartCounts").finish_non_exhaustive()
+    }
+}
+
+impl Collector for PartCounts {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let refused = self.xds.borrow().refused;
+        counter(&mut encoder, "mesh_xds_resources_refused", "Resources of the controller that were refused", refused)?;
+        match (self.kernel)() {
+            Ok(kernel) => counter(
+                &mut encoder,
+                "mesh_kernel_events_suppressed",
+                "Drops and refusals in the kernel that were counted and not reported one by one",
+                kernel.suppressed_events,
+            ),
+            Err(error) => {
+                // The other metrics are good.
+                tracing::warn!(%error, "counters of the kernel programs cannot be read");
+                Ok(())
+            }
+        }
+    }
+}
+
+fn counter(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> Result<(), fmt::Error> {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    metric.encode_counter::<[(&str, &str); 0], u64, f64>(&value, None)
+}
 
 /// Serves until cancelled.
 pub async fn serve(listener: TcpListener, registry: Arc<Registry>, cancel: CancellationToken) {
@@ -38,4 +94,31 @@ fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, registry)?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(status: XdsStatus, kernel: ReadKernel) -> String {
+        let mut registry = Registry::default();
+        let (_sender, xds) = watch::channel(status);
+        registry.register_collector(Box::new(PartCounts { xds, kernel }));
+        encode(&registry).expect("text")
+    }
+
+    #[test]
+    fn what_was_refused_and_what_was_not_reported_is_shown() {
+        let status = XdsStatus { refused: 3, ..XdsStatus::default() };
+        let shown = text(status, Box::new(|| Ok(KernelCounts { suppressed_events: 7 })));
+        for line in ["mesh_xds_resources_refused_total 3", "mesh_kernel_events_suppressed_total 7"] {
+            assert!(shown.lines().any(|shown| shown == line), "no `{line}` in\n{shown}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_be_read_hides_nothing_else() {
+        let shown = text(XdsStatus::default(), Box::new(|| Err(CaptureError::NoObject)));
+        assert!(shown.contains("mesh_xds_resources_refused_total 0") && !shown.contains("mesh_kernel"), "{shown}");
+    }
 }
