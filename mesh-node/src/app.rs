@@ -1,4 +1,5 @@
-//! The proxy process: puts its parts together, starts them, ends them. Only this module spawns tasks.
+//! The proxy process: puts its parts together, starts them, ends them. Parts that outlive a connection are spawned here;
+//! what belongs to one connection or tunnel, by the workers.
 //!
 //! Start, in this order, so that a connection waits as briefly as possible after a crash: descriptors from the
 //! supervisor, kernel programs, workers, stored configuration and certificates, then the adopted workloads are served.
@@ -298,7 +299,9 @@ fn is_configuration(error: &CaptureError) -> bool {
 
 fn read_kernel(capture: &Arc<Capture>) -> ReadKernel {
     let capture = Arc::clone(capture);
-    Box::new(move || Ok(KernelCounts { suppressed_events: capture.suppressed_events()? }))
+    Box::new(move || {
+        Ok(KernelCounts { outcomes: capture.counters()?, suppressed_events: capture.suppressed_events()? })
+    })
 }
 
 fn original_dst(capture: &Arc<Capture>) -> OriginalDst {

@@ -40,7 +40,7 @@ pub(super) fn state(capture: &Capture, view: &View, map: Option<&str>) -> Result
     let counters = capture.counters()?.into_iter().map(|count| BpfCounter {
         hook: count.hook.name().to_owned(),
         reason: count.reason.name().to_owned(),
-        verdict: verdict(count.verdict).to_owned(),
+        verdict: verdict_name(count.verdict).to_owned(),
         count: count.count,
     });
     Ok(BpfState {
@@ -51,7 +51,8 @@ pub(super) fn state(capture: &Capture, view: &View, map: Option<&str>) -> Result
     })
 }
 
-fn verdict(verdict: Verdict) -> &'static str {
+/// The name in metrics and `mesh-ctl`.
+pub(super) fn verdict_name(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Pass => "pass",
         Verdict::Proxy => "redirect",

@@ -12,7 +12,8 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::capture::CaptureError;
+use super::kernel::verdict_name;
+use crate::capture::{CaptureError, Count};
 use crate::http_server::{self, Answer, Request};
 use crate::xds::XdsStatus;
 
@@ -24,6 +25,8 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 /// What the kernel programs counted.
 #[derive(Debug, Default)]
 pub struct KernelCounts {
+    /// Outcomes that occurred, by hook and reason.
+    pub outcomes: Vec<Count>,
     /// Events that were counted and not sent.
     pub suppressed_events: u64,
 }
@@ -50,12 +53,7 @@ impl Collector for PartCounts {
         let refused = self.xds.borrow().refused;
         counter(&mut encoder, "mesh_xds_resources_refused", "Resources of the controller that were refused", refused)?;
         match (self.kernel)() {
-            Ok(kernel) => counter(
-                &mut encoder,
-                "mesh_kernel_events_suppressed",
-                "Drops and refusals in the kernel that were counted and not reported one by one",
-                kernel.suppressed_events,
-            ),
+            Ok(counts) => kernel(&mut encoder, &counts),
             Err(error) => {
                 // The other metrics are good.
                 tracing::warn!(%error, "counters of the kernel programs cannot be read");
@@ -63,6 +61,22 @@ impl Collector for PartCounts {
             }
         }
     }
+}
+
+fn kernel(encoder: &mut DescriptorEncoder<'_>, counts: &KernelCounts) -> Result<(), fmt::Error> {
+    let help = "Outcomes in the kernel since its maps were made: connections at connect, segments elsewhere";
+    let mut outcomes = encoder.encode_descriptor("mesh_kernel_outcomes", help, None, MetricType::Counter)?;
+    for count in &counts.outcomes {
+        let labels =
+            [("hook", count.hook.name()), ("reason", count.reason.name()), ("verdict", verdict_name(count.verdict))];
+        outcomes.encode_family(&labels)?.encode_counter::<[(&str, &str); 0], u64, f64>(&count.count, None)?;
+    }
+    counter(
+        encoder,
+        "mesh_kernel_events_suppressed",
+        "Drops and refusals in the kernel that were counted and not reported one by one",
+        counts.suppressed_events,
+    )
 }
 
 fn counter(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> Result<(), fmt::Error> {
@@ -98,6 +112,8 @@ fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
 
 #[cfg(test)]
 mod tests {
+    use mesh_ebpf_common::outcome::{Hook, Reason};
+
     use super::*;
 
     fn text(status: XdsStatus, kernel: ReadKernel) -> String {
@@ -108,9 +124,23 @@ mod tests {
     }
 
     #[test]
+    fn outcomes_in_the_kernel_are_shown_by_hook_and_reason() {
+        let outcome = |reason: Reason, count| Count { hook: Hook::Egress, reason, verdict: reason.verdict(), count };
+        let outcomes = vec![outcome(Reason::ForeignSocket, 5), outcome(Reason::Preexisting, 2)];
+        let shown = text(
+            XdsStatus::default(),
+            Box::new(move || Ok(KernelCounts { outcomes: outcomes.clone(), ..KernelCounts::default() })),
+        );
+        for labels in ["reason=\"foreign_socket\",verdict=\"drop\"} 5", "reason=\"preexisting\",verdict=\"pass\"} 2"] {
+            let line = format!("mesh_kernel_outcomes_total{{hook=\"tc_egress\",{labels}");
+            assert!(shown.lines().any(|shown| shown == line), "no `{line}` in\n{shown}");
+        }
+    }
+
+    #[test]
     fn what_was_refused_and_what_was_not_reported_is_shown() {
         let status = XdsStatus { refused: 3, ..XdsStatus::default() };
-        let shown = text(status, Box::new(|| Ok(KernelCounts { suppressed_events: 7 })));
+        let shown = text(status, Box::new(|| Ok(KernelCounts { suppressed_events: 7, ..KernelCounts::default() })));
         for line in ["mesh_xds_resources_refused_total 3", "mesh_kernel_events_suppressed_total 7"] {
             assert!(shown.lines().any(|shown| shown == line), "no `{line}` in\n{shown}");
         }

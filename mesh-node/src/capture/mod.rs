@@ -3,8 +3,8 @@
 //! Everything that must outlive this process is pinned in bpffs: with the proxy gone, the programs stay and refuse.
 //! A new process adopts the pinned maps and puts its own programs in the place of the old ones.
 //! All functions block (system calls, and threads that enter a namespace); none is for a runtime's thread except
-//! [`Capture::original_dst`], which is one system call. This is the only module of the crate with `unsafe` in it,
-//! and it decides nothing about traffic: that is `mesh_ebpf_common::decide`.
+//! [`Capture::original_dst`], which is one system call. It decides nothing about traffic: that is
+//! `mesh_ebpf_common::decide`.
 #![allow(unsafe_code)]
 
 mod cgroup;
@@ -126,7 +126,7 @@ pub struct Adopted {
     pub v6: Option<Ipv6Addr>,
 }
 
-/// Marks this crate's only use of a table entry: present.
+/// Value of the entries of tables in which only the key says anything.
 const PRESENT: u64 = 1;
 
 impl Capture {
