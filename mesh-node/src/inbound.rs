@@ -271,7 +271,7 @@ async fn shake_hands(
 ) -> Result<(TlsStream<TunnelSocket>, Tunnel), Refused> {
     let local = tcp.local_addr()?;
     let accept = TlsAcceptor::from(terms.config).accept(TunnelSocket::new(tcp));
-    let io = timeout(HANDSHAKE_TIMEOUT, accept).await.map_err(|_| Refused::Slow)??;
+    let io = timeout(HANDSHAKE_TIMEOUT, accept).await.map_err(|_| Refused::Slow)?.map_err(tls::plainly)?;
     let session = io.get_ref().1;
     if session.alpn_protocol() != Some(tls::ALPN_H2) {
         return Err(Refused::Protocol);

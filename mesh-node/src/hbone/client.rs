@@ -351,7 +351,7 @@ impl Tunnels {
         let tls = timeout(HANDSHAKE_TIMEOUT, handshake)
             .await
             .map_err(|_| DialError::Slow { address, what: "TLS handshake" })?
-            .map_err(|source| DialError::Tls { address, source })?;
+            .map_err(|source| DialError::Tls { address, source: tls::plainly(source) })?;
         let session = tls.get_ref().1;
         if session.alpn_protocol() != Some(tls::ALPN_H2) {
             return Err(DialError::Tls { address, source: io::Error::other("peer does not speak h2") });

@@ -7,12 +7,13 @@ mod proof;
 mod provider;
 mod verify;
 
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, ServerConfig, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, ServerConfig, SignatureScheme};
 
 pub use identity::spiffe_id_of;
 pub use proof::{PeerProof, PeerRole};
@@ -79,6 +80,20 @@ pub fn certified_key(
         // `Unknown` is what a signer that cannot export its public key says; all of ours can.
         Ok(()) => Ok(Arc::new(certified)),
         Err(error) => Err(error),
+    }
+}
+
+/// A failed handshake in the words of who refused the peer: rustls shows what it wraps as a data structure.
+pub fn plainly(error: io::Error) -> io::Error {
+    let rustls = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match rustls {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other))) => {
+            match other.0.downcast_ref::<PeerRefused>() {
+                Some(refused) => io::Error::new(error.kind(), refused.clone()),
+                None => error,
+            }
+        }
+        Some(_) | None => error,
     }
 }
 

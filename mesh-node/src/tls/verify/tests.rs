@@ -312,3 +312,17 @@ fn no_changed_certificate_is_believed_to_be_another() {
         }
     }
 }
+
+/// What operators read says who was met and who was expected.
+#[test]
+fn a_refusal_is_shown_in_its_own_words() {
+    let actual: SpiffeId = ID.parse().unwrap();
+    let expected = ExpectedServer::exactly("spiffe://cluster.local/ns/default/sa/server".parse().unwrap());
+    let refused = PeerRefused::WrongIdentity { actual, expected };
+    let words = refused.to_string();
+    let error = std::io::Error::new(std::io::ErrorKind::InvalidData, rustls::Error::from(refused));
+    assert!(error.to_string().contains("WrongIdentity {"), "rustls has no words for it: {error}");
+    assert_eq!(crate::tls::plainly(error).to_string(), words);
+    let other = std::io::Error::other(rustls::Error::DecryptError);
+    assert_eq!(crate::tls::plainly(other).to_string(), rustls::Error::DecryptError.to_string());
+}
