@@ -182,8 +182,16 @@ impl Session {
         let Some(session) = self.types.get(&kind).filter(|session| session.in_flight.is_some()) else {
             return Ok(false);
         };
-        let mut changed = catalogue.since(kind, session.sent_generation)?;
-        Ok(changed.any(|(name, resource)| resource.is_some_and(|resource| !session.comes_after(name, resource))))
+        match &session.subscription {
+            Subscription::Wildcard => {
+                let mut changed = catalogue.since(kind, session.sent_generation)?;
+                Ok(changed.any(|(name, resource)| resource.is_some_and(|policy| !session.comes_after(name, policy))))
+            }
+            Subscription::Named(names) => {
+                let mut named = names.iter().flat_map(|name| catalogue.resolve(kind, name));
+                Ok(named.any(|policy| session.held.get(&policy.name) != Some(&Some(policy.version.clone()))))
+            }
+        }
     }
 
     /// The generation up to which the client was told a type: the latest one for a type that it does not read.
