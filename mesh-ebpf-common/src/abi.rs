@@ -165,7 +165,7 @@ pub struct ListenerKey {
     pub reserved: u32,
 }
 
-/// A connection as the workload's interface sees it. Key of `preexisting` and `syn_notes`.
+/// A connection as the workload's interface sees it. Key of `syn_notes`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {

@@ -15,7 +15,7 @@ pub const NOTE_COUNTS: &str = "NOTE_COUNTS";
 pub const LISTENER_TAGS: &str = "LISTENER_TAGS";
 /// The proxy's plaintext listeners: [`crate::abi::ListenerKey`] -> socket.
 pub const LISTENERS: &str = "LISTENERS";
-/// Connections from before enrolment: [`crate::abi::FlowKey`] -> socket cookie.
+/// Connections from before enrolment: socket cookie, which no other socket gets -> network namespace cookie.
 pub const PREEXISTING: &str = "PREEXISTING";
 /// Segments on their way from tc ingress to `sk_lookup`: [`crate::abi::FlowKey`] -> [`crate::abi::SynNote`].
 pub const SYN_NOTES: &str = "SYN_NOTES";
@@ -56,8 +56,10 @@ pub const MAX_CAPTURED: usize = 65536;
 pub const MAX_CAPTURED_PER_WORKLOAD: i64 = 4096;
 /// Two listeners (IPv4, IPv6) per workload.
 pub const MAX_LISTENERS: usize = 2 * MAX_WORKLOADS;
-/// Connections from before enrolment, all workloads together.
+/// Connections from before enrolment that go on, all workloads together.
 pub const MAX_PREEXISTING: usize = 65536;
+/// Of these, of one workload. Its further ones end.
+pub const MAX_PREEXISTING_PER_WORKLOAD: usize = 16384;
 /// Notes live for microseconds; the oldest gives way.
 pub const MAX_SYN_NOTES: usize = 4096;
 /// Bytes of the event ring.

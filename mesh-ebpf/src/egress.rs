@@ -10,7 +10,6 @@ use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id};
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_common::INNER_MARK;
-use mesh_ebpf_common::abi::FlowKey;
 use mesh_ebpf_common::decide::{self, Found, Owner, Sender};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
@@ -67,7 +66,8 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
         Parsed::Bad(reason) => return drop_unread(hook, reason),
     };
     let sender = sender(ctx, hook, &segment);
-    let reason = decide::egress(sender, segment.flags, segment.payload).unwrap_or_else(|| by_flow(ctx, &segment));
+    let reason = decide::egress(sender, segment.flags, segment.payload)
+        .unwrap_or_else(|| if is_preexisting(ctx) { Reason::Preexisting } else { Reason::OutsideCgroup });
     match reason.verdict() {
         Verdict::Pass => {
             count(hook, reason);
@@ -145,17 +145,10 @@ unsafe fn is_of(sk: *mut bpf_sock, segment: &Segment) -> bool {
     }
 }
 
-/// Connections from before enrolment are known by addresses and by the socket's cookie, which nobody gets again.
+/// Whether the packet's socket had its connection before enrolment. Not known by its addresses: an application can bind
+/// those of an old connection, and another workload can have had a connection with the same.
 #[inline(always)]
-fn by_flow(ctx: &TcContext, segment: &Segment) -> Reason {
-    let key = FlowKey {
-        local: segment.src,
-        remote: segment.dst,
-        local_port: segment.src_port,
-        remote_port: segment.dst_port,
-        reserved: 0,
-    };
-    // SAFETY: copied at once; the helper reads the program's own context.
-    let known = unsafe { PREEXISTING.get(key).copied() == Some(bpf_get_socket_cookie(ctx.as_ptr())) };
-    if known { Reason::Preexisting } else { Reason::OutsideCgroup }
+pub(crate) fn is_preexisting(ctx: &TcContext) -> bool {
+    // SAFETY: only presence is asked; the helper reads the program's own context.
+    unsafe { PREEXISTING.get(bpf_get_socket_cookie(ctx.as_ptr())) }.is_some()
 }

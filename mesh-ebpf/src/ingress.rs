@@ -10,7 +10,8 @@ use mesh_ebpf_common::decide::{self, Found, Ingress, Owner, RST};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT};
 
-use crate::maps::{PREEXISTING, PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
+use crate::egress::is_preexisting;
+use crate::maps::{PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
 use crate::report::{Subject, count, refuse};
 use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, Parsed, Segment, Start, find_socket, parse};
 
@@ -119,9 +120,8 @@ fn judge(ctx: &TcContext, segment: &Segment) -> Judged {
     match decide::ingress(found, segment.flags, port, segment.payload) {
         Ingress::Settled(reason) => Judged { answerable: !assigned, ..Judged::new(reason) },
         Ingress::AskPreexisting => {
-            // SAFETY: only presence is asked.
-            let known = unsafe { PREEXISTING.get(flow(segment)) }.is_some();
-            Judged::new(if known { Reason::Preexisting } else { Reason::ForeignSocket })
+            // The packet has the socket now; without one it has cookie 0, which nobody has.
+            Judged::new(if is_preexisting(ctx) { Reason::Preexisting } else { Reason::ForeignSocket })
         }
         Ingress::AskListener => to_listener(ctx, segment, Way::Assign),
         Ingress::NoteListener => to_listener(ctx, segment, Way::Note),

@@ -28,7 +28,7 @@ pub(crate) static LISTENER_TAGS: SkStorage<ListenerTag> = SkStorage::new();
 #[btf_map]
 pub(crate) static LISTENERS: SockHash<ListenerKey, { size::MAX_LISTENERS }> = SockHash::new();
 #[btf_map]
-pub(crate) static PREEXISTING: HashMap<FlowKey, u64, { size::MAX_PREEXISTING }> = HashMap::new();
+pub(crate) static PREEXISTING: HashMap<u64, u64, { size::MAX_PREEXISTING }> = HashMap::new();
 #[btf_map]
 pub(crate) static SYN_NOTES: LruHashMap<FlowKey, SynNote, { size::MAX_SYN_NOTES }> = LruHashMap::new();
 #[btf_map]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, Workload};
+use mesh_ebpf_common::abi::{Addr, ListenerKey, ListenerTag, Workload};
 use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
@@ -81,12 +81,12 @@ impl Capture {
             let sockets = || context(diag.sockets(), || format!("list sockets of {uid}"));
             let mut known = 0;
             if first_time {
-                known += self.note_preexisting(&sockets()?)?;
+                known += self.note_preexisting(cookie, &sockets()?)?;
             }
             let (found, ends) = self.guard(programs, &place)?;
             if first_time {
                 let after = sockets()?;
-                known = known.max(self.note_preexisting(&after)?);
+                known = known.max(self.note_preexisting(cookie, &after)?);
                 end_half_open(&diag, &after, &listeners);
             }
             let notes = self.notes(cookie)?;
@@ -180,22 +180,24 @@ impl Capture {
         context(sys::pin(link.as_fd(), &pin), what)
     }
 
-    fn note_preexisting(&self, sockets: &[TcpSocket]) -> Result<usize, CaptureError> {
+    /// Lets connections of before go on, as many as there is room for. Returns how many that are.
+    fn note_preexisting(&self, cookie: u64, sockets: &[TcpSocket]) -> Result<usize, CaptureError> {
+        let old: Vec<&TcpSocket> = sockets.iter().filter(|socket| is_old_connection(socket)).collect();
         let mut noted = 0;
-        for socket in sockets {
-            let local = Addr::from(socket.local.ip());
-            if matches!(socket.state, LISTEN | SYN_SENT | SYN_RECV) || local.is_loopback() {
-                continue;
+        for socket in old.iter().take(maps::MAX_PREEXISTING_PER_WORKLOAD) {
+            match insert(&self.maps.preexisting, maps::PREEXISTING, &socket.cookie, &cookie) {
+                Ok(()) => noted += 1,
+                Err(CaptureError::MapFull { .. }) => break,
+                Err(error) => return Err(error),
             }
-            let key = FlowKey {
-                local,
-                remote: Addr::from(socket.remote.ip()),
-                local_port: socket.local.port().to_be(),
-                remote_port: socket.remote.port().to_be(),
-                reserved: 0,
-            };
-            insert(&self.maps.preexisting, maps::PREEXISTING, &key, &socket.cookie)?;
-            noted += 1;
+        }
+        if noted < old.len() {
+            tracing::warn!(
+                cookie,
+                noted,
+                connections = old.len(),
+                "more connections of before enrolment than may go on"
+            );
         }
         Ok(noted)
     }
@@ -203,16 +205,19 @@ impl Capture {
     /// Notes and old connections of a workload that is no longer enrolled.
     fn forget_flows(&self, cookie: u64) -> Result<(), CaptureError> {
         let what = || format!("forget connections of the workload with cookie {cookie}");
-        let workload: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
-        if let Some(workload) = workload {
-            for key in context(sys::keys::<FlowKey>(self.maps.preexisting.as_fd(), maps::MAX_PREEXISTING), what)? {
-                if workload.owns(&key.local) {
-                    context(sys::remove(self.maps.preexisting.as_fd(), &key), what)?;
-                }
+        let map = self.maps.preexisting.as_fd();
+        for socket in context(sys::keys::<u64>(map, maps::MAX_PREEXISTING), what)? {
+            if context(sys::lookup::<_, u64>(map, &socket), what)? == Some(cookie) {
+                context(sys::remove(map, &socket), what)?;
             }
         }
         self.forget_notes(cookie)
     }
+}
+
+/// Whether a socket has a connection that its peer outside may go on with.
+fn is_old_connection(socket: &TcpSocket) -> bool {
+    !matches!(socket.state, LISTEN | SYN_SENT | SYN_RECV) && !Addr::from(socket.local.ip()).is_loopback()
 }
 
 fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::AtomicI64;
 
-use mesh_ebpf_common::abi::{Addr, FlowKey, ListenerKey, ListenerTag, OriginalDst, PeerKey, Workload};
+use mesh_ebpf_common::abi::{Addr, ListenerKey, ListenerTag, OriginalDst, PeerKey, Workload};
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -56,8 +56,6 @@ unsafe impl Plain for u32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: as above.
 unsafe impl Plain for Addr {}
-// SAFETY: as above.
-unsafe impl Plain for FlowKey {}
 // SAFETY: as above.
 unsafe impl Plain for ListenerKey {}
 // SAFETY: as above.
