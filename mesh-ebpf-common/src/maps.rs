@@ -47,8 +47,8 @@ pub const ALL: [&str; 13] = [
 
 /// Workloads of one node; Kubernetes recommends at most 110 pods, large nodes run 500.
 pub const MAX_WORKLOADS: usize = 4096;
-/// Proxies whose sockets may still live.
-pub const MAX_PROXY_CGROUPS: usize = 64;
+/// Proxies whose sockets may still live: one for each take-over since the oldest workload's enrolment.
+pub const MAX_PROXY_CGROUPS: usize = 1024;
 /// Connections between `connect` and the proxy's look-up of their destination.
 pub const MAX_CAPTURED: usize = 65536;
 /// Of these, of one workload: as many as wait in the proxy's backlog. A workload that keeps the proxy from taking its notes

@@ -234,3 +234,50 @@ fn the_programs_can_be_inspected() {
     }
     assert_eq!(mesh.capture.maps().unwrap().len(), maps::ALL.len());
 }
+
+/// Every start of a proxy in a new cgroup, as the restarts of a service are.
+#[test]
+fn cgroups_of_proxies_that_are_gone_do_not_fill_the_table() {
+    let bed = Bed::new();
+    let base = bed.pods_cgroup().parent().expect("the test's own").to_owned();
+    for start in 0..6 {
+        let proxy = base.join(format!("proxy-{start}"));
+        std::fs::create_dir(&proxy).unwrap();
+        let id = std::fs::metadata(&proxy).unwrap().ino();
+        let config =
+            CaptureConfig { proxy_cgroup: proxy.clone(), map_entries: vec![(maps::PROXY_CGROUPS, 2)], ..bed.config() };
+        let capture = Capture::open(&config).unwrap_or_else(|e| panic!("start {start}: {}", chain(&e)));
+        bed.enroll(&capture, &[]);
+        assert_eq!(capture.retire_proxies().unwrap().len(), usize::from(start > 0), "the last one's");
+        assert!(!capture.retire_proxies().unwrap().contains(&id), "never its own");
+        std::fs::remove_dir(&proxy).unwrap();
+    }
+}
+
+/// A take-over: the next proxy has another cgroup and the same listeners.
+#[test]
+fn a_proxy_whose_listeners_live_on_is_not_retired() {
+    let bed = Bed::new();
+    let first = bed.pods_cgroup().parent().expect("the test's own").join("first");
+    std::fs::create_dir(&first).unwrap();
+    let first_id = std::fs::metadata(&first).unwrap().ino();
+    let config = CaptureConfig { proxy_cgroup: first.clone(), ..bed.config() };
+    let capture = Capture::open(&config).unwrap_or_else(|e| panic!("{}", chain(&e)));
+    let listeners = Listeners::open_as(&first, &bed.pod);
+    let cookie = bed.enroll(&capture, &listeners.fds()).cookie;
+    drop(capture);
+    std::fs::remove_dir(&first).unwrap();
+    let capture = Arc::new(bed.capture());
+    let nobody: [u64; 0] = [];
+    assert_eq!(capture.retire_proxies().unwrap(), nobody, "a workload that was not looked into");
+    bed.enroll(&capture, &listeners.fds());
+    assert_eq!(capture.retire_proxies().unwrap(), nobody, "its listeners live");
+    let proxy = listeners.serve(Arc::clone(&capture), cookie);
+    let inside = SocketAddr::new(pod_ip(false), 8087);
+    let client = bed.tcp(&bed.peer, Group::Outside, false);
+    let mut stream = connect(client, inside, PATIENCE).expect("what its listeners accept is the proxy's");
+    assert!(read_line(&mut stream).unwrap().starts_with("in 15006 "));
+    drop(stream);
+    proxy.stop();
+    eventually("the last socket is gone", || capture.retire_proxies().unwrap() == [first_id]);
+}

@@ -40,6 +40,14 @@ impl Host for NodeHost {
         Ok(adopted.into_iter().map(|workload| workload.cookie).collect())
     }
 
+    fn retire_proxies(&self) -> Result<(), String> {
+        let retired = self.capture.retire_proxies().map_err(|error| enrol::chain(&error))?;
+        if !retired.is_empty() {
+            tracing::info!(cgroups = ?retired, "proxies of the past are retired");
+        }
+        Ok(())
+    }
+
     fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.store.put(name, &fd)
     }

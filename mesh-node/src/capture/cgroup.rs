@@ -1,14 +1,85 @@
 //! Control groups: the captured one, and the proxy's own, by which the programs know the proxy's sockets.
 
+use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use mesh_ebpf_common::maps;
+
 use super::error::{CaptureError, context};
+use super::netns::in_netns;
+use super::sock_diag::SockDiag;
+use super::{Capture, sys};
 
 /// A cgroup's id: the inode of its directory, 64 bits wide and never used again.
 pub(super) fn id(cgroup: &Path) -> io::Result<u64> {
     Ok(std::fs::metadata(cgroup)?.ino())
+}
+
+impl Capture {
+    /// Takes away what cgroups of earlier proxies may do, once they are gone and the last of their sockets is, too.
+    /// Returns their ids.
+    ///
+    /// A listener is of the cgroup that it was made in, whoever holds it now, and hands it on to what it accepts. So nothing
+    /// happens while the kernel knows a workload that this process has not looked into.
+    pub fn retire_proxies(&self) -> Result<Vec<u64>, CaptureError> {
+        let what = || "look for proxies that have ended".to_owned();
+        let ended = context(self.ended_proxies(), what)?;
+        for id in &ended {
+            context(sys::remove(self.maps.proxy_cgroups.as_fd(), id), || format!("retire the proxy of cgroup {id}"))?;
+        }
+        Ok(ended.into_iter().collect())
+    }
+
+    fn ended_proxies(&self) -> io::Result<BTreeSet<u64>> {
+        let own = File::open(&self.proxy_cgroup)?;
+        let mut ended = BTreeSet::new();
+        for id in sys::keys(self.maps.proxy_cgroups.as_fd(), maps::MAX_PROXY_CGROUPS)? {
+            if !exists(own.as_fd(), id)? {
+                ended.insert(id);
+            }
+        }
+        if ended.is_empty() {
+            return Ok(ended);
+        }
+        for cookie in sys::keys(self.maps.workloads.as_fd(), maps::MAX_WORKLOADS)? {
+            let Some(netns) = self.watches.netns(cookie)? else { return Ok(BTreeSet::new()) };
+            for socket in in_netns(netns.as_fd(), || SockDiag::open()?.sockets())?? {
+                socket.cgroup.map(|id| ended.remove(&id));
+            }
+        }
+        Ok(ended)
+    }
+}
+
+/// Whether a cgroup is still there. One that cannot be asked for (that takes `CAP_DAC_READ_SEARCH`) may be.
+fn exists(any_cgroup: BorrowedFd<'_>, id: u64) -> io::Result<bool> {
+    /// `FILEID_KERNFS`: the handle is the id.
+    const KERNFS: libc::c_int = 0xfe;
+    /// `struct file_handle` of this type.
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: libc::c_int,
+        id: u64,
+    }
+    let mut handle = Handle { bytes: 8, kind: KERNFS, id };
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    // SAFETY: the handle has the length that it says.
+    let fd = unsafe { libc::open_by_handle_at(any_cgroup.as_raw_fd(), (&raw mut handle).cast(), flags) };
+    if fd >= 0 {
+        // SAFETY: the kernel has just returned this descriptor to us alone.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ESTALE) => Ok(false),
+        error if error.kind() == io::ErrorKind::PermissionDenied => Ok(true),
+        error => Err(error),
+    }
 }
 
 /// The cgroup v2 directory of this process.

@@ -96,6 +96,8 @@ pub struct Capture {
     /// The network namespace of the node, where workloads' links end.
     node: OwnedFd,
     tc: TcMode,
+    /// The proxy's.
+    proxy_cgroup: PathBuf,
     programs: Mutex<Programs>,
     maps: PinnedMaps,
     watches: Watches,
@@ -126,7 +128,7 @@ pub struct Adopted {
     pub v6: Option<Ipv6Addr>,
 }
 
-/// Value of the entries of tables in which only the key says anything.
+/// What a table says of a key by having it; any value would do.
 const PRESENT: u64 = 1;
 
 impl Capture {
@@ -151,7 +153,9 @@ impl Capture {
         programs.attach_to_cgroup(&pins, &config.pods_cgroup)?;
         let node = context(File::open("/proc/thread-self/ns/net"), || "open the node's network namespace".to_owned())?;
         let watches = context(Watches::new(), || "watch interfaces".to_owned())?;
-        Ok(Self { pins, node: node.into(), tc: config.tc, programs: Mutex::new(programs), maps, watches })
+        let proxy_cgroup = config.proxy_cgroup.clone();
+        let programs = Mutex::new(programs);
+        Ok(Self { pins, node: node.into(), tc: config.tc, proxy_cgroup, programs, maps, watches })
     }
 
     /// Workloads that are enrolled in the kernel, by this process or an earlier one.
@@ -167,11 +171,6 @@ impl Capture {
         }
         adopted.sort_by_key(|workload| workload.cookie);
         Ok(adopted)
-    }
-
-    /// A proxy that has ended for good: its sockets are gone and its cgroup no longer means the proxy.
-    pub fn retire_proxy_cgroup(&self, cgroup_id: u64) -> Result<bool, CaptureError> {
-        context(sys::remove(self.maps.proxy_cgroups.as_fd(), &cgroup_id), || format!("retire cgroup {cgroup_id}"))
     }
 
     /// Where this node's pins are.

@@ -14,6 +14,9 @@ const SOCK_DESTROY: u16 = 21;
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = 56;
 const MESSAGE_BYTES: usize = 72;
+const ATTRIBUTE_HEADER_BYTES: usize = 4;
+/// `INET_DIAG_CGROUP_ID`, Linux 5.8.
+const CGROUP_ID: u16 = 21;
 /// Larger than the kernel's dump messages.
 const BUFFER_BYTES: usize = 64 * 1024;
 /// How long the kernel may take to answer, seconds.
@@ -37,6 +40,8 @@ pub(super) struct TcpSocket {
     pub(super) remote: SocketAddr,
     pub(super) cookie: u64,
     pub(super) uid: u32,
+    /// Id of the cgroup that it was made in; `None` for a handshake, which has its listener's.
+    pub(super) cgroup: Option<u64>,
     id: [u8; 48],
 }
 
@@ -172,6 +177,20 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
         remote: SocketAddr::new(addr(20).into(), port(2)),
         cookie: u64::from(word(40)) | (u64::from(word(44)) << 32),
         uid: u32::from_ne_bytes([message[64], message[65], message[66], message[67]]),
+        cgroup: attribute(&body[MESSAGE_BYTES..], CGROUP_ID).and_then(|id| id.try_into().ok()).map(u64::from_ne_bytes),
         id,
     })
+}
+
+/// Content of the first attribute of a kind.
+fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    loop {
+        let half = |at: usize| Some(u16::from_ne_bytes(attributes.get(at..at + 2)?.try_into().ok()?));
+        let (length, kind) = (usize::from(half(0)?), half(2)?);
+        let content = attributes.get(ATTRIBUTE_HEADER_BYTES..length)?;
+        if kind == wanted {
+            return Some(content);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
 }

@@ -47,6 +47,8 @@ pub trait Host: Send + Sync + 'static {
     fn release(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), String>;
     /// Cookies of the namespaces that the kernel captures. Blocks.
     fn captured(&self) -> Result<Vec<u64>, String>;
+    /// Tells the kernel which proxies of the past are no more. Blocks.
+    fn retire_proxies(&self) -> Result<(), String>;
     /// Puts a descriptor into the supervisor's store.
     fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()>;
     /// Takes a descriptor out of the supervisor's store.

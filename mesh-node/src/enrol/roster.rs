@@ -31,6 +31,8 @@ pub struct Roster {
     incomplete: BTreeMap<WorkloadUid, String>,
     /// Adopted and not captured again yet.
     unsettled: BTreeSet<WorkloadUid>,
+    /// The agent has announced everything, and proxies of the past are to be retired.
+    all_announced: bool,
     /// Announced since the agent connected.
     announced: BTreeSet<WorkloadUid>,
     metrics: EnrolMetrics,
@@ -73,6 +75,7 @@ impl Roster {
             closed: BTreeMap::new(),
             incomplete: BTreeMap::new(),
             unsettled: adopted.into_keys().collect(),
+            all_announced: false,
             announced: BTreeSet::new(),
             metrics,
             answer_within: ANSWER_WITHIN,
@@ -90,9 +93,10 @@ impl Roster {
     }
 
     /// Captures one adopted workload again: the kernel may have forgotten it, interfaces may have come while no proxy ran,
-    /// and clsact filters are still those of the last version. Not needed for serving it. False when none is left.
+    /// and clsact filters are still those of the last version. When there is none left and the agent has said what there
+    /// is, proxies of the past are retired. Neither is needed for serving. False when there is nothing to do.
     pub async fn settle_one(&mut self) -> bool {
-        let Some(uid) = self.unsettled.pop_first() else { return false };
+        let Some(uid) = self.unsettled.pop_first() else { return self.retire_proxies().await };
         if let Some(workload) = self.enrolled(&uid)
             && let Err(error) = self.renew(Arc::clone(&workload)).await
         {
@@ -103,7 +107,19 @@ impl Roster {
 
     /// Whether [`Self::settle_one`] has nothing to do.
     pub fn is_settled(&self) -> bool {
-        self.unsettled.is_empty()
+        self.unsettled.is_empty() && !self.all_announced
+    }
+
+    async fn retire_proxies(&mut self) -> bool {
+        if !std::mem::take(&mut self.all_announced) {
+            return false;
+        }
+        let host = Arc::clone(&self.host);
+        if let Err(error) = blocking(move || host.retire_proxies()).await {
+            // They count as proxies until the next time.
+            warn!(%error, "proxies of the past are not retired");
+        }
+        true
     }
 
     /// A new connection to the agent, which announces everything again.
@@ -309,6 +325,7 @@ impl Roster {
             failed.extend(self.remove(&uid).await.err());
         }
         failed.extend(self.release_unknown().await.err());
+        self.all_announced = true;
         if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
     }
 

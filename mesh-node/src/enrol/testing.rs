@@ -100,6 +100,11 @@ impl Host for FakeHost {
         Ok(self.captured.lock().expect("lock").iter().copied().collect())
     }
 
+    fn retire_proxies(&self) -> Result<(), String> {
+        self.note("retire".into());
+        Ok(())
+    }
+
     fn keep(&self, name: &str, _fd: BorrowedFd<'_>) -> io::Result<()> {
         self.kept.lock().expect("lock").insert(name.to_owned());
         self.outcome("keep").map_err(io::Error::other)

@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -79,6 +80,11 @@ pub struct Listeners {
 impl Listeners {
     /// On all ports and both families.
     pub fn open(bed: &Bed, netns: &Netns) -> Self {
+        Self::open_as(&bed.cgroup(Group::Proxy), netns)
+    }
+
+    /// As a proxy of another cgroup opens them.
+    pub fn open_as(cgroup: &Path, netns: &Netns) -> Self {
         let (v4, v6) = (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED);
         let addresses = [
             SocketAddr::from((Ipv4Addr::LOCALHOST, OUTBOUND_PORT)),
@@ -89,7 +95,8 @@ impl Listeners {
             SocketAddr::from((v6, HBONE_PORT)),
         ];
         let sockets = addresses.map(|address| {
-            let socket = bed.tcp(netns, Group::Proxy, address.is_ipv6());
+            let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+            let socket = super::socket_in(netns.fd(), cgroup, (family, libc::SOCK_STREAM, 0)).expect("open a socket");
             tcp::listen(socket.as_fd(), address).unwrap_or_else(|e| panic!("listen on {address}: {e}"));
             (address, socket)
         });

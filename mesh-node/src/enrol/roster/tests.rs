@@ -200,6 +200,21 @@ async fn every_adopted_workload_is_captured_again_unless_it_left() {
     assert_eq!(scene.host.asked(), ["renew c"]);
 }
 
+/// Listeners of adopted workloads may be a past proxy's, and what the agent has not announced is not looked into.
+#[tokio::test]
+async fn proxies_of_the_past_are_retired_when_everything_is_known() {
+    let mut scene = scene(vec![workload("a", "a", true)]);
+    assert_eq!(scene.host.asked(), ["serve a"]);
+    scene.expect(Request::Keep(WorkloadUid("a".into())), Ok(()), &[]).await;
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    while scene.roster.settle_one().await {}
+    assert_eq!(scene.host.asked(), ["renew a", "retire"]);
+    assert!(scene.roster.is_settled());
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    while scene.roster.settle_one().await {}
+    assert_eq!(scene.host.asked(), ["retire"], "every time");
+}
+
 #[tokio::test]
 async fn a_store_that_does_not_take_the_listeners_is_reported_and_the_workload_served() {
     let mut scene = scene(Vec::new());
