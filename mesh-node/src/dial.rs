@@ -3,9 +3,11 @@
 //! A socket belongs to the namespace that its thread was in when it was made, and stays there; everything after that may
 //! be done from anywhere. So a worker steps into the workload's namespace for the one `socket` call, synchronously.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mesh_ebpf_common::INNER_MARK;
@@ -70,15 +72,57 @@ pub fn keep_alive(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)
 }
 
+/// The captured connections of one workload, by the client's address and the one that it dialled. They live in the
+/// workload's namespace as the proxy's sockets, where the application's end of another connection must not have the same
+/// two addresses: its first segment would reach the proxy's socket and get that one reset. Clients whose kernels hand out
+/// ports of [`SPOOFED_PORTS`] too come that near.
+#[derive(Debug, Default)]
+pub struct CapturedAddresses(Mutex<HashSet<(SocketAddr, SocketAddr)>>);
+
+/// A captured connection's entry, removed when dropped.
+#[derive(Debug)]
+pub struct CapturedEntry {
+    all: Arc<CapturedAddresses>,
+    addresses: (SocketAddr, SocketAddr),
+}
+
+impl CapturedAddresses {
+    /// Notes a connection for as long as the entry lives.
+    pub fn enter(self: &Arc<Self>, client: SocketAddr, dialled: SocketAddr) -> CapturedEntry {
+        let addresses = (canonical(client), canonical(dialled));
+        self.entries().insert(addresses);
+        CapturedEntry { all: Arc::clone(self), addresses }
+    }
+
+    fn has(&self, client: SocketAddr, dialled: SocketAddr) -> bool {
+        self.entries().contains(&(canonical(client), canonical(dialled)))
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashSet<(SocketAddr, SocketAddr)>> {
+        // Each change is one call, so a panic elsewhere leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for CapturedEntry {
+    fn drop(&mut self) {
+        self.all.entries().remove(&self.addresses);
+    }
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// Whose address a connection to an application carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
     /// The proxy's choice.
     Any,
     /// The client's address; any port.
     Client(IpAddr),
-    /// The client's address, and a port that cannot be that of the captured connection.
-    ClientOfCaptured(IpAddr),
+    /// The client's address, and a port that is none of a captured connection's.
+    ClientOfCaptured(IpAddr, &'a CapturedAddresses),
 }
 
 /// Connects a socket, giving up after [`CONNECT_TIMEOUT`].
@@ -94,17 +138,17 @@ pub async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
 pub async fn connect_application(
     namespaces: &Namespaces,
     namespace: BorrowedFd<'_>,
-    source: Source,
+    source: Source<'_>,
     to: SocketAddr,
 ) -> io::Result<TcpStream> {
-    let (client, ports) = match source.normalised(to) {
+    let (client, captured) = match source.normalised(to) {
         Source::Any => return connect(namespaces.socket(namespace, to.ip())?, to).await,
-        Source::Client(client) => (client, 0..=0),
-        Source::ClientOfCaptured(client) => (client, SPOOFED_PORTS),
+        Source::Client(client) => (client, None),
+        Source::ClientOfCaptured(client, captured) => (client, Some(captured)),
     };
     let mut tries = 0;
     loop {
-        let port = rand::random_range(ports.clone());
+        let port = captured.map_or(0, |captured| free_port(captured, client, to));
         let socket = namespaces.socket(namespace, to.ip())?;
         tries += 1;
         let connected = match spoof(&socket, client, port) {
@@ -122,7 +166,16 @@ pub async fn connect_application(
     }
 }
 
-impl Source {
+/// A port with which `client` has no captured connection to `to`; some port if there seems to be none.
+fn free_port(captured: &CapturedAddresses, client: IpAddr, to: SocketAddr) -> u16 {
+    let draw = || rand::random_range(SPOOFED_PORTS);
+    (0..SPOOFED_PORT_TRIES)
+        .map(|_| draw())
+        .find(|port| !captured.has(SocketAddr::new(client, *port), to))
+        .unwrap_or_else(draw)
+}
+
+impl Source<'_> {
     /// Loopback and unspecified addresses, those of another family, and the destination's own cannot be carried.
     fn normalised(self, to: SocketAddr) -> Self {
         let usable = |ip: IpAddr| {
@@ -130,8 +183,10 @@ impl Source {
         };
         match self {
             Self::Client(ip) if usable(ip.to_canonical()) => Self::Client(ip.to_canonical()),
-            Self::ClientOfCaptured(ip) if usable(ip.to_canonical()) => Self::ClientOfCaptured(ip.to_canonical()),
-            Self::Any | Self::Client(_) | Self::ClientOfCaptured(_) => Self::Any,
+            Self::ClientOfCaptured(ip, captured) if usable(ip.to_canonical()) => {
+                Self::ClientOfCaptured(ip.to_canonical(), captured)
+            }
+            Self::Any | Self::Client(_) | Self::ClientOfCaptured(..) => Self::Any,
         }
     }
 }

@@ -398,7 +398,7 @@ async fn admit(
     }
     let carried = match client {
         Some(_) => Source::Client(source),
-        None => Source::ClientOfCaptured(source),
+        None => Source::ClientOfCaptured(source, &serving.captured),
     };
     let dialled = connect_application(&worker.namespaces, serving.enrolled.netns.as_fd(), carried, address).await;
     match (dialled, registered.live.must_close().cloned()) {
@@ -452,6 +452,8 @@ fn answer(mut respond: SendResponse<Bytes>, status: StatusCode) {
 /// Carries one captured plain connection to its end.
 pub async fn plaintext(worker: Arc<Worker>, serving: Arc<Serving>, accepted: accept::Accepted) {
     let accept::Accepted { tcp, peer, permit: _permit } = accepted;
+    // A connection that is gone already has no addresses, and is not carried.
+    let _entry = tcp.local_addr().map(|dialled| serving.captured.enter(peer, dialled));
     let Some((registered, application)) = Box::pin(open_plaintext(&worker, &serving, &tcp, peer)).await else {
         reset_on_close(&tcp);
         return;

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
 use crate::accept;
 use crate::access_log::AccessLog;
 use crate::connections::{CloseReason, Connections};
-use crate::dial::Namespaces;
+use crate::dial::{CapturedAddresses, Namespaces};
 use crate::handshakes::Handshakes;
 use crate::hbone::client::Tunnels;
 use crate::hbone::server::Phase;
@@ -43,12 +43,14 @@ pub struct Serving {
     pub phase: watch::Sender<Phase>,
     /// Connections that it may still have.
     pub permits: Arc<Semaphore>,
+    /// Its connections from outside the mesh.
+    pub captured: Arc<CapturedAddresses>,
 }
 
 impl Serving {
     fn new(enrolled: Arc<Enrolled>) -> Self {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS_PER_WORKLOAD));
-        Self { enrolled, phase: watch::Sender::new(Phase::Serving), permits }
+        Self { enrolled, phase: watch::Sender::new(Phase::Serving), permits, captured: Arc::default() }
     }
 
     /// Whether it has connections, tunnels, or some that are being set up.

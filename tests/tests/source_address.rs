@@ -2,10 +2,16 @@
 //! application's own sockets have there too.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::net::SocketAddr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 
 use mesh_ctl::sandbox::{Topology, Workload, binaries_beside};
+use mesh_node::capture::in_netns;
+use mesh_tests::mesh_bed::{MeshBed, PATIENCE, echo};
 use mesh_tests::policy_bed::{Family, PolicyBed};
+use socket2::{Domain, Socket, Type};
 
 /// The port that is served.
 const PORT: u16 = 7000;
@@ -32,6 +38,41 @@ fn an_application_that_listens_on_many_ports_is_reached_by_every_client() {
             let to = [SocketAddr::new(bed.ip("hoarder", family), PORT); CONNECTIONS];
             let went = bed.reaches(from, &to).into_iter().filter(|went| *went).count();
             assert_eq!(went, CONNECTIONS, "{from} by {family:?}");
+        }
+    }
+}
+
+/// Connections that one client holds. Of as many ports of those that the node proxy draws from, each next connection has a
+/// chance of 1 in 21, so that dozens of them would be given the addresses of another.
+const HELD: u16 = 1500;
+/// First port of a client whose kernel hands out nearly all; what the node proxy draws from begins there, too.
+const FIRST_OF_CLIENT: u16 = 1024;
+
+#[test]
+fn a_client_that_uses_low_ports_keeps_all_its_connections() {
+    let topology = Topology::new()
+        .node("node-a")
+        .node("node-b")
+        .workload(echo("far", "node-b"))
+        .workload(Workload::new("plain", "node-a").outside_mesh());
+    let bed = MeshBed::up("low", topology);
+    let to = bed.address("far");
+    let plain = File::open(bed.sandbox.layout.netns(&bed.sandbox.workload("plain").unwrap().key())).unwrap();
+    let connect = |port: u16| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok::<_, std::io::Error>(TcpStream::from(socket))
+    };
+    let mut held: Vec<_> = in_netns(plain.as_fd(), || (FIRST_OF_CLIENT..).take(HELD.into()).map(connect).collect())
+        .and_then(|all: std::io::Result<Vec<_>>| all)
+        .unwrap();
+    for round in ["first", "second"] {
+        for (number, connection) in held.iter_mut().enumerate() {
+            let mut answer = [0];
+            let said = connection.write_all(b"x").and_then(|()| connection.read_exact(&mut answer));
+            assert!(said.is_ok() && answer == *b"x", "{round} byte on connection {number}: {said:?}");
         }
     }
 }
