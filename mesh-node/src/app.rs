@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use self::host::NodeHost;
-use crate::admin::metrics::{KernelCounts, PartCounts, ReadKernel};
+use crate::admin::metrics::{self, KernelCounts, PartCounts, ReadKernel};
 use crate::admin::{self, AdminState, events};
 use crate::capture::{Capture, CaptureConfig, CaptureError, own_cgroup};
 use crate::certificates::{Certificates, CertificatesHandle};
@@ -32,11 +32,11 @@ use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
 use crate::runtime::{OriginalDst, Shared};
-use crate::snapshot_store::{self, Storage};
+use crate::snapshot_store::Storage;
 use crate::supervisor::client::{Kept, StoreClient};
 use crate::supervisor::{EXIT_CONFIG, process};
 use crate::workers::DataPath;
-use crate::xds::{XdsClient, XdsStatus};
+use crate::xds::{XdsClient, XdsMetrics, XdsStatus};
 use crate::{interfaces, logging};
 
 /// Threads of everything but the data path.
@@ -120,17 +120,13 @@ impl App {
             Arc::new(move || datapath.upgrade().iter().for_each(|datapath| datapath.config_changed()))
         };
         let controller = controller(config);
-        let stored = snapshot_store::load(&config.state_dir).unwrap_or_else(|error| {
-            warn!(%error, "stored configuration cannot be used");
-            None
-        });
         let hand_on = CancellationToken::new();
         let (xds, xds_status) = XdsClient::new(
             controller.clone(),
             Storage { dir: config.state_dir.clone(), handed_on: hand_on.clone() },
-            stored,
             Arc::clone(&shared),
             Arc::clone(&changed),
+            XdsMetrics::register(&mut registry),
         );
         let adopted = enrol::adopt(&mut kept);
         let metrics_socket = listen::tcp(&store, kept.remove(listen::METRICS), listen::METRICS, config.metrics_addr)?;
@@ -165,6 +161,7 @@ impl App {
         let admin_socket = listen::unix(&config.admin_socket)?;
         let interfaces =
             interfaces::follow(Arc::clone(&outside.capture), Arc::clone(&outside.shared), self.hand_on.clone());
+        metrics::build(&mut outside.registry);
         outside.registry.register_collector(Box::new(PartCounts {
             xds: parts.xds_status.clone(),
             kernel: read_kernel(&outside.capture),
@@ -201,10 +198,7 @@ impl App {
         // The next proxy guards with programs of its own version.
         self.spawn("interfaces", interfaces);
         self.spawn("kernel events", events::follow(ring, events, outside.shared, end));
-        self.spawn(
-            "metrics port",
-            admin::metrics::serve(outside.metrics_socket, Arc::new(outside.registry), hand_on.clone()),
-        );
+        self.spawn("metrics port", metrics::serve(outside.metrics_socket, Arc::new(outside.registry), hand_on.clone()));
         self.spawn("readiness port", readiness::serve(outside.ready_socket, readiness, hand_on.clone()));
         let session = parts.session;
         self.spawn("enrolment", async move {

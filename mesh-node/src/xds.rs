@@ -5,12 +5,15 @@
 
 mod held;
 
+mod metrics;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_api::proto::xds::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MAX_DISCOVERY_REQUEST_BYTES};
+use prost::Message;
 use prost_types::Struct;
 use prost_types::value::Kind;
 use tokio::sync::{mpsc, watch};
@@ -19,9 +22,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Streaming};
 
+pub use self::metrics::{Termination, XdsMetrics};
 use crate::controller::{ControllerConfig, FileError, explain};
 use crate::runtime::Shared;
-use crate::snapshot_store::{Storage, Stored, type_index};
+use crate::snapshot_store::{self, Storage, type_index};
 
 use held::{Accepted, Held};
 
@@ -94,12 +98,24 @@ enum StreamError {
     Ended,
 }
 
+impl StreamError {
+    /// `connected`: the stream was up before.
+    fn termination(&self, connected: bool) -> Termination {
+        match self {
+            Self::Ended => Termination::Reconnect,
+            Self::File(_) | Self::Channel(_) | Self::Rpc(_) if !connected => Termination::ConnectionError,
+            Self::File(_) | Self::Channel(_) | Self::Rpc(_) => Termination::Error,
+        }
+    }
+}
+
 /// The client, and what it holds.
 pub struct XdsClient {
     controller: ControllerConfig,
     storage: Storage,
     shared: Arc<Shared>,
     changed: Changed,
+    metrics: XdsMetrics,
     status: watch::Sender<XdsStatus>,
     held: Held,
     /// When the changed configuration will be stored.
@@ -119,15 +135,29 @@ impl XdsClient {
     pub fn new(
         controller: ControllerConfig,
         storage: Storage,
-        stored: Option<Stored>,
         shared: Arc<Shared>,
         changed: Changed,
+        metrics: XdsMetrics,
     ) -> (Self, watch::Receiver<XdsStatus>) {
+        let stored = snapshot_store::load(&storage.dir).unwrap_or_else(|error| {
+            tracing::warn!(%error, "stored configuration cannot be used");
+            None
+        });
         let has_stored = stored.is_some();
         let held = Held::new(&controller.network, controller.root_namespace.clone(), stored);
         let (status, receiver) = watch::channel(XdsStatus::default());
-        let client =
-            Self { controller, storage, shared, changed, status, held, store_at: None, stored: None, complained: None };
+        let client = Self {
+            controller,
+            storage,
+            shared,
+            changed,
+            metrics,
+            status,
+            held,
+            store_at: None,
+            stored: None,
+            complained: None,
+        };
         if has_stored {
             client.publish(ConfigSource::Snapshot);
         }
@@ -142,6 +172,7 @@ impl XdsClient {
                 () = cancel.cancelled() => break,
                 error = self.stream(&mut backoff) => error,
             };
+            self.metrics.ended(error.termination(self.status.borrow().connected));
             self.status.send_modify(|status| {
                 status.connected = false;
                 status.last_error = Some(error.to_string());
@@ -154,6 +185,7 @@ impl XdsClient {
                 () = self.wait_and_store(wait) => {}
             }
         }
+        self.metrics.ended(Termination::Complete);
         if self.store_at.take().is_some() {
             self.store().await;
         }
@@ -231,6 +263,7 @@ impl XdsClient {
                 }
             };
             let Some(response) = response else { return Ok(()) };
+            self.metrics.message(&response.type_url, response.encoded_len());
             *backoff = BACKOFF_FIRST;
             self.complained = None;
             let answer = self.accept(response);

@@ -29,3 +29,22 @@ fn the_metrics_port_shows_what_the_kernel_did_by_hook_and_reason() {
     );
     eventually("a refused connection", || (outcomes(&refused) > 0).then_some(()));
 }
+
+#[test]
+fn the_metrics_port_has_istios_build_and_stream_metrics() {
+    let mut bed = MeshBed::up("istio", two_nodes());
+    let ended = |reason: &str, bed: &MeshBed| {
+        value(bed, "istio_xds_connection_terminations_total", &[&format!("reason=\"{reason}\"")]).unwrap_or_default()
+    };
+    assert_eq!(value(&bed, "istio_build", &["component=\"ztunnel\"", "tag=\""]), Some(1));
+    for kind in ["istio.workload.Address", "istio.security.Authorization"] {
+        let url = format!("url=\"type.googleapis.com/{kind}\"");
+        let messages = value(&bed, "istio_xds_message_total", &[&url]).expect(kind);
+        let bytes = value(&bed, "istio_xds_message_bytes_total", &[&url]).expect(kind);
+        assert!(messages >= 1 && bytes > messages, "{kind}: {messages} messages, {bytes} bytes");
+    }
+    assert_eq!((ended("Error", &bed), ended("Reconnect", &bed)), (0, 0));
+    bed.sandbox.end_part(&mesh_ctl::sandbox::Part::Controller).unwrap();
+    eventually("the end of the stream", || (ended("Error", &bed) + ended("Reconnect", &bed) == 1).then_some(()));
+    eventually("attempts without a controller", || (ended("ConnectionError", &bed) > 0).then_some(()));
+}

@@ -7,6 +7,8 @@ use http::StatusCode;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -21,6 +23,16 @@ use crate::xds::XdsStatus;
 const PATHS: [&str; 3] = ["/metrics", "/stats/prometheus", "/stats"];
 /// OpenMetrics, as the encoder writes it.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Component of `istio_build`: what Istio's dashboards look for.
+const COMPONENT: &str = "ztunnel";
+
+/// Shows what was built.
+pub fn build(registry: &mut Registry) {
+    let build = Family::<[(&str, &str); 2], Gauge>::default();
+    build.get_or_create(&[("component", COMPONENT), ("tag", env!("CARGO_PKG_VERSION"))]).set(1);
+    registry.register("istio_build", "Component and version", build);
+}
 
 /// What the kernel programs counted.
 #[derive(Debug, Default)]
