@@ -68,6 +68,13 @@ fn a_lost_request_is_repeated_after_its_time_and_a_wait() {
 }
 
 #[test]
+fn a_request_that_was_lost_long_ago_is_repeated_at_once() {
+    let (mut schedule, id, mut rng) = asked();
+    // The machine slept.
+    assert_eq!(schedule.due(START + 100 * REQUEST_TIMEOUT_SECS, ROOM, &mut rng), from_ref(&id));
+}
+
+#[test]
 fn waits_double_up_to_their_bound_and_start_anew_after_success() {
     let (mut schedule, id, mut rng) = asked();
     let mut now = START;
@@ -269,6 +276,19 @@ fn replaced_roots_renew_what_was_being_asked_for_as_well() {
     assert_eq!(schedule.due(wake, ROOM, &mut rng), from_ref(&id));
     schedule.issued(&id, (wake, wake + DAY), wake, &mut rng);
     assert!(renew_at(&schedule, &id, wake) > wake + DAY / 3, "once is enough");
+}
+
+#[test]
+fn replaced_roots_are_not_forgotten_over_an_answer_that_comes_late() {
+    let (mut schedule, id, mut rng) = asked();
+    let lost = START + REQUEST_TIMEOUT_SECS;
+    schedule.due(lost, ROOM, &mut rng);
+    schedule.renew_all(lost, 1, &mut rng);
+    // The answer to the request that was given up, signed before the change, and once more.
+    for _ in 0..2 {
+        schedule.issued(&id, (START, START + DAY), lost, &mut rng);
+        assert!(renew_at(&schedule, &id, lost) <= lost + 1);
+    }
 }
 
 #[test]

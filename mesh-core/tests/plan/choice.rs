@@ -192,6 +192,28 @@ fn no_weight_takes_nothing() {
 }
 
 #[test]
+fn an_endpoint_without_weight_does_not_hide_those_farther_away() {
+    let wish = |service: &mut Service| service.traffic_distribution = Some("PreferSameNode".into());
+    let mut world = places(&["near", "zone", "far"], wish);
+    let mut idle = named(&world.snapshot(), "near").as_ref().clone();
+    idle.capacity = 0;
+    world.changes.push(Change::UpsertWorkload(idle.into()));
+    world.check(WEB, &[ZONE]);
+}
+
+#[test]
+fn endpoints_in_another_network_are_not_dialled() {
+    let mut world = places(&["near", "zone", "far"], |_| {});
+    world.network = "here";
+    for name in ["near", "zone"] {
+        let mut elsewhere = named(&world.snapshot(), name).as_ref().clone();
+        elsewhere.network = "there".into();
+        world.changes.push(Change::UpsertWorkload(elsewhere.into()));
+    }
+    world.check(WEB, &[FAR]);
+}
+
+#[test]
 fn the_largest_weights_do_not_overflow() {
     let mut world = World::new().with(web());
     for name in ["web-1", "web-2", "web-3"] {

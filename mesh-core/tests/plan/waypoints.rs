@@ -3,7 +3,7 @@
 use mesh_core::config::objects::{Service, TargetPort};
 use mesh_core::config::{Object, Waypoints};
 use mesh_core::snapshot::Change;
-use mesh_core::workload::{GatewayAddress, GatewayDestination};
+use mesh_core::workload::{GatewayAddress, GatewayDestination, Health};
 
 use crate::world::{World, labels, named, pod, pod_with, service_port, service_with};
 
@@ -67,6 +67,15 @@ fn the_waypoint_itself_reaches_what_is_behind_it() {
 }
 
 #[test]
+fn the_waypoint_itself_is_not_reached_through_itself() {
+    let labelled = pod_with("way-1", "way", "b", "10.0.0.5", |pod| {
+        pod.meta.labels.extend(labels(&[("istio.io/use-waypoint", "way")]));
+    });
+    let world = World::new().with(waypoint_service()).with(labelled);
+    world.check("10.0.0.5:80", &["tunnel way-1 10.0.0.5:80"]);
+}
+
+#[test]
 fn a_workload_that_requires_one_is_reached_through_it() {
     let with_label = |name: &str| {
         pod_with("web-1", "web", "b", "10.0.0.1", |pod| {
@@ -121,6 +130,14 @@ fn a_waypoint_given_by_address_is_used_where_it_can_be_reached() {
     by_address("near").check(WEB, &["waypoint way-1 10.0.0.5:15009 for 10.96.0.1:80"]);
     by_address("").check_from("way-1", WEB, &["tunnel web-1 10.0.0.1:8080"]);
     by_address("far").check(WEB, &[NOT_READY]);
+    let mut failed = by_address("near");
+    failed.excluded.push("way-1".to_owned());
+    failed.check(WEB, &[NOT_READY]);
+    let mut unready = by_address("near");
+    let mut waypoint = named(&unready.snapshot(), "way-1").as_ref().clone();
+    waypoint.health = Health::Unhealthy;
+    unready.changes.push(Change::UpsertWorkload(waypoint.into()));
+    unready.check(WEB, &[NOT_READY]);
     let mut gone = by_address("near");
     gone.changes.push(Change::RemoveWorkload(named(&gone.snapshot(), "way-1").uid.clone()));
     gone.check(WEB, &[NOT_READY]);
