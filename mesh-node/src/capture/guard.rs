@@ -75,7 +75,9 @@ impl Capture {
         // Before the list, so that whatever comes is in it or is heard of.
         context(self.watches.add(place.cookie), || format!("watch interfaces of {}", place.name))?;
         let found = list()?;
-        tc::prune(place.directory, &found)?;
+        let outside = || "list interfaces of the node".to_owned();
+        let outside = context(context(in_netns(self.node.as_fd(), interfaces), outside)?, outside)?;
+        tc::prune(place.directory, &found, &outside)?;
         let (mut guarded, mut ends, mut failed) = (Vec::with_capacity(found.len()), Vec::new(), Vec::new());
         for interface in found.into_iter().take(MAX_INTERFACES) {
             match self.attach(programs, place.directory, &interface) {

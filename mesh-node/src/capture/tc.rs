@@ -135,16 +135,17 @@ fn is_detached(link: &sys::LinkInfo) -> bool {
     link.target & u64::from(u32::MAX) == 0
 }
 
-/// Removes pins of interfaces that are gone: a workload may make and delete as many as it likes.
-pub(super) fn prune(directory: &Path, present: &[Interface]) -> Result<(), CaptureError> {
+/// Removes pins of interfaces that are gone: a workload may make and delete as many as it likes. `inside` are its own,
+/// `outside` the node's.
+pub(super) fn prune(directory: &Path, inside: &[Interface], outside: &[Interface]) -> Result<(), CaptureError> {
     let what = || format!("remove what is left in {}", directory.display());
     for path in context(entries(directory), what)? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let moved = name.strip_prefix(MOVED);
         let Some(pin) = InterfacePin::parse(moved.unwrap_or(name), &INTERFACE_PROGRAMS) else { continue };
         let gone = if pin.clsact {
-            // The node's ends have indices of another namespace.
-            pin.program != HOST_PROGRAM && !present.iter().any(|interface| interface.index == pin.index)
+            let present = if pin.program == HOST_PROGRAM { outside } else { inside };
+            !present.iter().any(|interface| interface.index == pin.index)
         } else {
             let Some(link) = existing_link(&path)? else { continue };
             is_detached(&context(sys::link_info(link.as_fd()), what)?)
