@@ -27,7 +27,7 @@ use crate::admin::{self, AdminState, events};
 use crate::capture::{Capture, CaptureConfig, CaptureError, own_cgroup};
 use crate::certificates::{Certificates, CertificatesHandle};
 use crate::config::Config;
-use crate::controller::ControllerConfig;
+use crate::controller::{ControllerConfig, Pod};
 use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
@@ -319,5 +319,10 @@ fn controller(config: &Config) -> ControllerConfig {
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
         root_namespace: config.root_namespace.as_str().into(),
+        pod: Pod {
+            name: config.pod.as_deref().unwrap_or(&config.node).into(),
+            namespace: config.pod_namespace.as_str().into(),
+            ip: config.pod_ip,
+        },
     }
 }

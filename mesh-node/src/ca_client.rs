@@ -65,7 +65,7 @@ pub async fn request(config: &ControllerConfig, channel: Channel, id: &SpiffeId)
         validity_duration: 0,
         metadata: Some(Struct { fields: [(IMPERSONATED.to_owned(), identity)].into() }),
     });
-    request.metadata_mut().insert("authorization", config.authorization()?);
+    config.authenticate(request.metadata_mut())?;
     let mut client = IstioCertificateServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
     let answer = client.create_certificate(request).await?.into_inner();
     // The last element is the bundle of roots; each of the others is one certificate.

@@ -2,7 +2,7 @@
 //!
 //! Here: flags and what they mean together. Not here: doing anything.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -56,6 +56,15 @@ pub struct Config {
     /// Name of this node
     #[arg(long, env = "MESH_NODE", value_name = "NAME", value_parser = parse_name)]
     pub node: String,
+    /// Pod that this process runs in [default: the name of the node]
+    #[arg(long, env = "MESH_POD", value_name = "NAME", value_parser = parse_name)]
+    pub pod: Option<String>,
+    /// Namespace of that pod
+    #[arg(long, env = "MESH_POD_NAMESPACE", default_value = "istio-system", value_name = "NAME", value_parser = parse_name)]
+    pub pod_namespace: String,
+    /// Address of that pod
+    #[arg(long, env = "MESH_POD_IP", value_name = "IP")]
+    pub pod_ip: Option<IpAddr>,
     /// Controller
     #[arg(long, env = "MESH_CONTROLLER", value_name = "HOST:PORT", value_parser = parse_host_port)]
     pub controller: String,
@@ -90,7 +99,7 @@ pub struct Config {
     #[arg(long, env = "MESH_READY_ADDR", default_value = "0.0.0.0:15021", value_name = "ADDR")]
     pub ready_addr: SocketAddr,
     /// Cluster id
-    #[arg(long, env = "MESH_CLUSTER", default_value = "Kubernetes", value_name = "ID")]
+    #[arg(long, env = "MESH_CLUSTER", default_value = "Kubernetes", value_name = "ID", value_parser = parse_cluster)]
     pub cluster: String,
     /// Network of this node; workloads of other networks are not reached from here
     #[arg(long, env = "MESH_NETWORK", default_value = "", value_name = "ID")]
@@ -186,6 +195,14 @@ fn parse_name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Goes into a header of every call to the controller.
+fn parse_cluster(text: &str) -> Result<String, String> {
+    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!("`{text}` is not a name of printable ASCII characters without spaces"));
+    }
+    Ok(text.to_owned())
+}
+
 fn parse_host_port(text: &str) -> Result<String, String> {
     let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse().ok());
     match port {
@@ -220,6 +237,7 @@ mod tests {
                 &["", "s", "10", "10h", "-1s", "61m", "99999999999999999999s"][..],
             ),
             (|text| parse_workers(text).map(drop), &["1", "256"], &["0", "257", "x", ""]),
+            (|text| parse_cluster(text).map(drop), &["Kubernetes", "c1.west"], &["", "two words", "\u{e4}"]),
             (|text| parse_name(text).map(drop), &["node-a", "cluster.local"], &["", "Node", "a/b", "a b"]),
             (
                 |text| parse_host_port(text).map(drop),

@@ -1,20 +1,25 @@
-//! The way to the controller: TLS with a verified server, and this node's token in every call.
+//! The way to the controller: TLS with a verified server, this node's token in every call, and how we introduce ourselves.
 //!
 //! Roots and token are files that somebody else renews, so both are read again for each connection and each call.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use mesh_api::proto::xds::Node;
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
-use tonic::metadata::{Ascii, MetadataValue};
+use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::tls;
@@ -47,6 +52,19 @@ pub struct ControllerConfig {
     pub network: Arc<str>,
     /// The namespace whose policies are mesh-wide.
     pub root_namespace: Arc<str>,
+    /// The pod that this process is.
+    pub pod: Pod,
+}
+
+/// The pod of a node proxy, for whoever lists the controller's clients.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Name; without Kubernetes the node's.
+    pub name: Arc<str>,
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Address, where it is known.
+    pub ip: Option<IpAddr>,
 }
 
 /// Why a file that the connection needs cannot be used.
@@ -86,13 +104,42 @@ impl ControllerConfig {
         Ok(endpoint.connect_with_connector_lazy(connector))
     }
 
-    /// The value of the `authorization` header.
-    pub fn authorization(&self) -> Result<MetadataValue<Ascii>, FileError> {
+    /// Proves in the headers of a call which node this is, and says of which cluster.
+    pub fn authenticate(&self, headers: &mut MetadataMap) -> Result<(), FileError> {
         let token = read(&self.token_file)?;
-        format!("Bearer {}", token.trim()).parse().map_err(|_| FileError::Content {
+        let token = format!("Bearer {}", token.trim()).parse().map_err(|_| FileError::Content {
             path: self.token_file.clone(),
             reason: "a token has only printable ASCII characters".to_owned(),
-        })
+        })?;
+        headers.insert("authorization", token);
+        // The flag takes nothing that a header could not hold.
+        if let Ok(cluster) = self.cluster.parse() {
+            headers.insert("clusterid", cluster);
+        }
+        Ok(())
+    }
+
+    /// This node as a client of the configuration stream, in ztunnel's form.
+    pub fn node(&self) -> Node {
+        let text = |value: &str| Value { kind: Some(Kind::StringValue(value.to_owned())) };
+        let Pod { name, namespace, ip } = &self.pod;
+        let ip_text = ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).to_string();
+        let fields = [
+            ("NAME", name),
+            ("NAMESPACE", namespace),
+            ("NODE_NAME", &self.node),
+            ("CLUSTER_ID", &self.cluster),
+            ("NETWORK", &self.network),
+        ];
+        let mut fields: BTreeMap<_, _> = fields.map(|(key, value)| (key.to_owned(), text(value))).into();
+        if ip.is_some() {
+            fields.insert("INSTANCE_IPS".to_owned(), text(&ip_text));
+        }
+        Node {
+            id: format!("ztunnel~{ip_text}~{name}.{namespace}~{namespace}.svc.cluster.local"),
+            cluster: self.cluster.to_string(),
+            metadata: Some(Struct { fields }),
+        }
     }
 
     /// The roots in the file.
@@ -155,4 +202,56 @@ pub fn explain(status: &tonic::Status) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(ip: Option<IpAddr>) -> ControllerConfig {
+        ControllerConfig {
+            address: String::new(),
+            server_name: String::new(),
+            root_cert: PathBuf::new(),
+            token_file: PathBuf::new(),
+            node: "node-a".into(),
+            cluster: "Kubernetes".into(),
+            trust_domain: "cluster.local".into(),
+            network: "west".into(),
+            root_namespace: "istio-system".into(),
+            pod: Pod { name: "mesh-node-x7k".into(), namespace: "istio-system".into(), ip },
+        }
+    }
+
+    /// The metadata as `KEY=VALUE`.
+    fn metadata(node: &Node) -> Vec<String> {
+        let fields = node.metadata.iter().flat_map(|metadata| &metadata.fields);
+        fields
+            .map(|(key, value)| match &value.kind {
+                Some(Kind::StringValue(text)) => format!("{key}={text}"),
+                other => format!("{key} is {other:?}"),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_node_introduces_itself_as_ztunnel_does() {
+        let node = config(Some(IpAddr::from([10, 244, 1, 7]))).node();
+        assert_eq!(node.id, "ztunnel~10.244.1.7~mesh-node-x7k.istio-system~istio-system.svc.cluster.local");
+        assert_eq!(node.cluster, "Kubernetes");
+        assert_eq!(
+            metadata(&node),
+            [
+                "CLUSTER_ID=Kubernetes",
+                "INSTANCE_IPS=10.244.1.7",
+                "NAME=mesh-node-x7k",
+                "NAMESPACE=istio-system",
+                "NETWORK=west",
+                "NODE_NAME=node-a",
+            ]
+        );
+        let nowhere = config(None).node();
+        assert!(nowhere.id.starts_with("ztunnel~0.0.0.0~"), "{}", nowhere.id);
+        assert!(!metadata(&nowhere).iter().any(|field| field.starts_with("INSTANCE_IPS")));
+    }
 }

@@ -11,11 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_api::proto::xds::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MAX_DISCOVERY_REQUEST_BYTES};
 use prost::Message;
-use prost_types::Struct;
-use prost_types::value::Kind;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
@@ -230,13 +228,13 @@ impl XdsClient {
             .max_encoding_message_size(MAX_DISCOVERY_REQUEST_BYTES);
         let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
         for (position, type_url) in TYPES.into_iter().enumerate() {
-            let node = (position == 0).then(|| self.node());
+            let node = (position == 0).then(|| self.controller.node());
             let request = DeltaDiscoveryRequest { node, ..self.held.opening(type_url) };
             // The queue has room for more than the types.
             let _ = requests.try_send(request);
         }
         let mut request = Request::new(ReceiverStream::new(receiver));
-        request.metadata_mut().insert("authorization", self.controller.authorization()?);
+        self.controller.authenticate(request.metadata_mut())?;
         let responses = client.delta_aggregated_resources(request).await?.into_inner();
         Ok((requests, responses))
     }
@@ -313,17 +311,6 @@ impl XdsClient {
         if let Err(error) = saved.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked))) {
             tracing::warn!(dir = %self.storage.dir.display(), %error, "configuration not stored; trying again");
             self.store_at = Some(Instant::now() + COMPLAIN_EVERY);
-        }
-    }
-
-    fn node(&self) -> Node {
-        let text = |value: &str| prost_types::Value { kind: Some(Kind::StringValue(value.to_owned())) };
-        let c = &self.controller;
-        let fields = [("NODE_NAME", &c.node), ("CLUSTER_ID", &c.cluster), ("NETWORK", &c.network)];
-        Node {
-            id: format!("ztunnel~0.0.0.0~{0}~{0}", c.node),
-            cluster: c.cluster.to_string(),
-            metadata: Some(Struct { fields: fields.map(|(key, value)| (key.to_owned(), text(value))).into() }),
         }
     }
 }
