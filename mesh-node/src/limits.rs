@@ -8,11 +8,12 @@ use crate::hbone::CONNECTION_WINDOW;
 
 /// Connections of one workload, all directions. At 20,000 the proxy holds some 100 MiB for it.
 pub const MAX_CONNECTIONS_PER_WORKLOAD: usize = 20_000;
-/// Tunnels from one address. A node proxy opens one for each 100 connections and pair of workloads, in each of its workers.
-pub const MAX_TUNNELS_PER_SOURCE: usize = 1024;
+/// Tunnels from one address. A node proxy opens one for each 100 connections and pair of workloads, in each of its
+/// workers, of which a big machine has a hundred.
+pub const MAX_TUNNELS_PER_SOURCE: usize = 4096;
 /// Bytes that tunnels from one address may have sent and no application read, all tunnels together; each of them may
 /// have [`LEAST_WINDOW`] in any case.
-pub const MAX_UNREAD_PER_SOURCE: u32 = 256 * 1024 * 1024;
+pub const MAX_UNREAD_PER_SOURCE: u32 = 384 * 1024 * 1024;
 /// Window of a tunnel when nothing is left of that, bytes: what HTTP/2 connections begin with, and can only be made more
 /// (RFC 9113 6.9.2).
 pub const LEAST_WINDOW: u32 = 65_535;

@@ -362,7 +362,7 @@ impl Tunnels {
             .await
             .map_err(|_| DialError::Slow { address, what: "HTTP/2 preface" })?
             .map_err(|source| DialError::Http2 { address, source })?;
-        let windows = Windows::new(Instant::now());
+        let windows = Windows::new(STREAM_WINDOW, Instant::now());
         let tunnel = Tunnel {
             send,
             pressure: windows.pressure(),

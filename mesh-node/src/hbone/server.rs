@@ -12,10 +12,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::keepalive::until_dead;
-use super::windows::{Pressure, Windows};
+use super::windows::{Pressure, Windows, largest_stream_window};
 use super::{
     CONNECTION_WINDOW, FIRST_REQUEST_TIMEOUT, FRAME_BYTES, FRAME_OVERHEAD_BYTES, HANDSHAKE_TIMEOUT,
-    REQUEST_HEADER_BYTES, SEND_BUFFER_BYTES, SERVER_STREAMS, STREAM_WINDOW,
+    REQUEST_HEADER_BYTES, SEND_BUFFER_BYTES, SERVER_STREAMS,
 };
 use crate::wire::Turns;
 
@@ -108,7 +108,7 @@ where
         .await
         .map_err(|_| ServeError::SlowPreface)??;
     let resets = Arc::new(ResetBudget::new(Instant::now()));
-    let mut windows = Windows::new(Instant::now());
+    let mut windows = Windows::new(largest_stream_window(window), Instant::now());
     let pings = connection.ping_pong();
     let mut dead = pin!(async {
         match pings {
@@ -167,15 +167,15 @@ async fn next_phase(phase: &mut watch::Receiver<Phase>, draining: bool) -> Phase
 
 fn builder(window: u32) -> h2::server::Builder {
     // A small window holds fewer frames too.
-    let overhead = window as usize * (FRAME_OVERHEAD_BYTES / CONNECTION_WINDOW as usize);
+    let overhead = FRAME_OVERHEAD_BYTES as u64 * u64::from(window) / u64::from(CONNECTION_WINDOW);
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(STREAM_WINDOW.min(window))
+        .initial_window_size(largest_stream_window(window))
         .initial_connection_window_size(window)
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(REQUEST_HEADER_BYTES)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .data_frame_budget(overhead)
+        .data_frame_budget(usize::try_from(overhead).unwrap_or(FRAME_OVERHEAD_BYTES))
         .max_concurrent_streams(SERVER_STREAMS);
     builder
 }

@@ -13,23 +13,33 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-use super::STREAM_WINDOW;
+use super::{CONNECTION_WINDOW, STREAM_WINDOW};
 
 /// How long fewer streams must have been stuck before windows grow again: applications that read slowly are stuck and
 /// not, many times a second.
 const GROW_AFTER: Duration = Duration::from_secs(1);
+/// Window of a stream that is not stuck in the smallest of tunnels, bytes: a full TLS record.
+const SMALLEST_STREAM_WINDOW: u32 = 16 * 1024;
 /// When a change is tried again that the last one, not yet acknowledged, was in the way of: some round trips.
 const RETRY_AFTER: Duration = Duration::from_millis(5);
 
+/// Window of each stream of a tunnel that has this window, while none is stuck. One stream can hold a small part of what
+/// all together can.
+pub(super) fn largest_stream_window(tunnel: u32) -> u32 {
+    (tunnel / (CONNECTION_WINDOW / STREAM_WINDOW)).max(SMALLEST_STREAM_WINDOW)
+}
+
 /// Window of each stream while so many are stuck. What 128 of them hold, each stuck when its window was this, adds up to
 /// four and a half times the window of one.
-fn stream_window(stuck: u32) -> u32 {
-    STREAM_WINDOW / stuck.max(1).next_power_of_two()
+fn stream_window(largest: u32, stuck: u32) -> u32 {
+    largest / stuck.max(1).next_power_of_two()
 }
 
 /// Streams of one tunnel that hold bytes which their application does not take.
 #[derive(Debug)]
 pub struct Pressure {
+    /// Window of a stream while none is stuck.
+    largest: u32,
     stuck: AtomicU32,
     /// Most since windows were last looked at.
     most: AtomicU32,
@@ -63,7 +73,7 @@ impl Share {
         }
         let now = tunnel.stuck.fetch_add(1, Relaxed) + 1;
         tunnel.most.fetch_max(now, Relaxed);
-        if stream_window(now) < tunnel.window.load(Relaxed) {
+        if stream_window(tunnel.largest, now) < tunnel.window.load(Relaxed) {
             tunnel.too_much.notify_one();
         }
     }
@@ -91,11 +101,13 @@ enum Step {
 }
 
 impl Windows {
-    pub(super) fn new(now: Instant) -> Self {
+    /// Of a tunnel whose streams begin with the window `largest`.
+    pub(super) fn new(largest: u32, now: Instant) -> Self {
         let pressure = Pressure {
+            largest,
             stuck: AtomicU32::new(0),
             most: AtomicU32::new(0),
-            window: AtomicU32::new(STREAM_WINDOW),
+            window: AtomicU32::new(largest),
             too_much: Notify::new(),
         };
         Self { pressure: Arc::new(pressure), grow_at: now, retry_at: now }
@@ -134,9 +146,9 @@ impl Windows {
     fn next(&mut self, now: Instant) -> Step {
         let pressure = &self.pressure;
         let current = pressure.window.load(Relaxed);
-        let wanted = stream_window(pressure.most.load(Relaxed));
+        let wanted = stream_window(pressure.largest, pressure.most.load(Relaxed));
         match wanted.cmp(&current) {
-            Ordering::Equal if current == STREAM_WINDOW => Step::Wait,
+            Ordering::Equal if current == pressure.largest => Step::Wait,
             Ordering::Equal if now < self.grow_at => Step::LookAt(self.grow_at),
             Ordering::Equal => {
                 // A period is over; the next one shows whether fewer are stuck all the time.
@@ -153,17 +165,23 @@ impl Windows {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CLIENT_STREAMS, CONNECTION_WINDOW, SERVER_STREAMS};
+    use super::super::{CLIENT_STREAMS, SERVER_STREAMS};
     use super::*;
 
     const MIB: u32 = 1024 * 1024;
 
     #[test]
     fn what_all_streams_can_hold_leaves_room_for_one_more() {
-        for streams in [1, 4, 5, CLIENT_STREAMS, SERVER_STREAMS] {
-            let held: u32 = (1..=streams).map(stream_window).sum();
-            let left = CONNECTION_WINDOW.checked_sub(held).unwrap_or_else(|| panic!("{streams} streams hold {held}"));
-            assert!(left >= stream_window(streams + 1), "{streams} streams leave {left} bytes");
+        for tunnel in [CONNECTION_WINDOW, CONNECTION_WINDOW / 3, 100 * 1024] {
+            let largest = largest_stream_window(tunnel);
+            for streams in [1, 4, 5, CLIENT_STREAMS, SERVER_STREAMS] {
+                let held: u32 = (1..=streams).map(|stuck| stream_window(largest, stuck)).sum();
+                let left = tunnel.checked_sub(held).unwrap_or_else(|| panic!("{streams} streams hold {held}"));
+                assert!(
+                    left >= stream_window(largest, streams + 1),
+                    "{streams} streams leave {left} bytes of {tunnel}"
+                );
+            }
         }
     }
 
@@ -180,7 +198,7 @@ mod tests {
     #[test]
     fn windows_shrink_at_once_and_grow_when_fewer_were_stuck_for_a_while() {
         let start = Instant::now();
-        let mut windows = Windows::new(start);
+        let mut windows = Windows::new(STREAM_WINDOW, start);
         assert_eq!(windows.next(start), Step::Wait);
         let one = stuck(&windows, 1);
         assert_eq!(windows.next(start), Step::Wait, "a single reader that is slow takes nothing from others");
@@ -207,7 +225,7 @@ mod tests {
     #[test]
     fn a_change_that_cannot_be_sent_yet_is_tried_again() {
         let start = Instant::now();
-        let mut windows = Windows::new(start);
+        let mut windows = Windows::new(STREAM_WINDOW, start);
         let _three = stuck(&windows, 3);
         assert_eq!(windows.next(start), Step::Set(MIB));
         windows.changed(MIB, &Err(h2::Reason::INTERNAL_ERROR.into()), start);
