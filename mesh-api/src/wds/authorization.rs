@@ -44,10 +44,11 @@ pub fn decode_authorization(bytes: &[u8]) -> Result<Change, WireError> {
     policy_from_proto(&proto).map(|policy| Change::UpsertPolicy(policy.into()))
 }
 
-/// Whom a policy concerns that [`decode_authorization`] refuses; none if even that cannot be told.
-pub fn scope_of_refused(bytes: &[u8]) -> Option<PolicyScope> {
+/// Whom a policy concerns that [`decode_authorization`] refuses, and whether it is a dry run; none if even that cannot be
+/// told.
+pub fn scope_of_refused(bytes: &[u8]) -> Option<(PolicyScope, bool)> {
     let proto: proto::Authorization = message(bytes).ok()?;
-    scope_from_proto(proto.scope)
+    Some((scope_from_proto(proto.scope)?, proto.dry_run))
 }
 
 /// `namespace/name`.

@@ -166,15 +166,16 @@ impl Held {
         let content = resource.resource.as_ref().filter(|any| any.type_url == type_url);
         let is_mesh_wide = name.namespace.is_empty() || name.namespace == self.root_namespace;
         let by_name = if is_mesh_wide { PolicyScope::Global } else { PolicyScope::Namespace };
-        let scope = content.and_then(|any| wds::scope_of_refused(&any.value)).unwrap_or(by_name);
-        if scope == PolicyScope::Workload {
+        let read = content.and_then(|any| wds::scope_of_refused(&any.value));
+        let (scope, dry_run) = read.unwrap_or((by_name, false));
+        if scope == PolicyScope::Workload && !dry_run {
             // Workloads that name it refuse as long as it is not there.
             return None;
         }
         let versions = &mut self.versions[type_index(type_url)?];
         versions.insert(resource.name.clone(), REFUSED_VERSION.to_owned());
         let everything = vec![Rule::default()];
-        let policy = Policy { name, scope, action: Action::Deny, dry_run: false, rules: everything };
+        let policy = Policy { name, scope, action: Action::Deny, dry_run, rules: everything };
         Some(Change::UpsertPolicy(Arc::new(policy)))
     }
 
@@ -410,6 +411,19 @@ mod tests {
         check(raw_policy("root/p", vec![0xff]), ["denied", "denied", "denied"]);
         check(raw_policy("p", vec![0xff]), ["denied", "denied", "denied"]);
         check(Resource { resource: None, ..raw_policy("ns/p", vec![]) }, ["denied", "allow", "denied"]);
+    }
+
+    #[test]
+    fn one_that_is_judged_and_reported_only_denies_nobody() {
+        for scope in [proto::Scope::Namespace, proto::Scope::Global, proto::Scope::WorkloadSelector] {
+            let mut held = held();
+            let Resource { name, resource, .. } = newer_policy("ns/p", scope);
+            let mut value = resource.expect("has a body").value;
+            // Field 6, true.
+            value.extend([0x30, 0x01]);
+            refuse(&mut held, raw_policy(&name, value));
+            assert_eq!(verdicts(&held), ["allow"; 3], "{scope:?}");
+        }
     }
 
     #[test]
