@@ -76,6 +76,12 @@ pub enum DialError {
     /// We cannot prove who the client is.
     #[error("{0}")]
     NoCertificate(#[from] NoCertificate),
+    /// The other end said with its handshake that it takes no streams.
+    #[error("{address} ends tunnels as soon as they are made")]
+    Unwilling {
+        /// Where to.
+        address: SocketAddr,
+    },
     /// The client or the server left while the tunnel was dialled, or certificates changed too often.
     #[error("tunnel to {address}: what it was dialled for has changed meanwhile")]
     Outdated {
@@ -121,7 +127,7 @@ impl OpenError {
         match self {
             Self::Dial(error) => match **error {
                 DialError::Tls { .. } => ResponseFlags::TlsFailure,
-                DialError::Http2 { .. } => ResponseFlags::H2HandshakeFailure,
+                DialError::Http2 { .. } | DialError::Unwilling { .. } => ResponseFlags::H2HandshakeFailure,
                 DialError::NoCertificate(_) => ResponseFlags::IdentityError,
                 DialError::Slow { .. }
                 | DialError::Connect { .. }
@@ -202,6 +208,21 @@ pub struct Lease {
     tunnels: Arc<Tunnels>,
     key: Arc<PoolKey>,
     id: TunnelId,
+}
+
+/// A dial. One whose task dies must leave the key free: later callers would wait for it as long as the process lives.
+struct UnderWay<'a> {
+    tunnels: &'a Tunnels,
+    key: &'a PoolKey,
+    ended: bool,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.tunnels.pool().dial_failed(self.key);
+        }
+    }
 }
 
 impl Drop for Lease {
@@ -303,21 +324,27 @@ impl Tunnels {
     }
 
     async fn dial_for_all(self: Arc<Self>, target: Target, done: watch::Sender<DialResult>) {
+        let mut under_way = UnderWay { tunnels: &self, key: &target.key, ended: false };
         let result = match self.dial_valid(&target).await {
-            // No await before the pool has it: a change from here on finds it there.
             Ok((tunnel, driver)) => {
                 count(&self.metrics.counters.tunnels_dialled);
+                // No await before the pool has it: a change from here on finds it there.
                 let id = self.pool().dialled(&target.key, tunnel.clone(), Instant::now());
-                tokio::spawn(Box::pin(Arc::clone(&self).drive(driver, Arc::clone(&target.key), id, tunnel.open)));
-                Ok(())
+                under_way.ended = true;
+                let open = Arc::clone(&tunnel.open);
+                tokio::spawn(Box::pin(Arc::clone(&self).drive(driver, Arc::clone(&target.key), id, open)));
+                // The driver reads what came with the handshake. Without a look at it, everybody who waits would find no
+                // tunnel and dial again, for ever.
+                tokio::task::yield_now().await;
+                if tunnel.is_open() { Ok(()) } else { Err(DialError::Unwilling { address: target.key.address }) }
             }
-            Err(error) => {
-                count(&self.metrics.counters.tunnel_failures);
-                self.pool().dial_failed(&target.key);
-                Err(Arc::new(error))
-            }
+            Err(error) => Err(error),
         };
-        done.send_replace(Some(result));
+        if result.is_err() {
+            count(&self.metrics.counters.tunnel_failures);
+        }
+        drop(under_way);
+        done.send_replace(Some(result.map_err(Arc::new)));
     }
 
     /// Dials until the tunnel is one that may take connections: [`Self::retain_valid`] sees only those in the pool, so
