@@ -11,7 +11,6 @@ use mesh_core::identity::SpiffeId;
 use mesh_core::inbound::inbound_target;
 use mesh_core::snapshot::Change;
 use mesh_node::enrol::protocol;
-use mesh_node::hbone::head;
 use prost::Message;
 
 use crate::input::Format;
@@ -36,7 +35,6 @@ pub fn all() -> Vec<Target> {
         Target { name: "xds-address", format: Format::Protobuf, samples: addresses, run: xds_address },
         Target { name: "xds-policy", format: Format::Protobuf, samples: policies, run: xds_policy },
         Target { name: "hbone-authority", format: Format::Text, samples: authorities, run: hbone_authority },
-        Target { name: "hbone-baggage", format: Format::Text, samples: baggages, run: hbone_baggage },
         Target { name: "yaml", format: Format::Text, samples: manifests, run: yaml },
         Target { name: "enrolment", format: Format::Protobuf, samples: enrolments, run: enrolment },
     ]
@@ -164,19 +162,6 @@ fn hbone_authority(input: &[u8]) {
     }
 }
 
-fn baggages() -> Vec<Vec<u8>> {
-    let ours = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.pod.name=web-1,service.name=web";
-    [ours, "a=1;x=y , b = %20%C3%A4", ""].map(Into::into).to_vec()
-}
-
-/// What is read of a peer's description of itself is never empty.
-fn hbone_baggage(input: &[u8]) {
-    let head::Baggage { cluster, namespace, workload, service, version, region, zone } = head::parse_baggage(input);
-    for field in [cluster, namespace, workload, service, version, region, zone].into_iter().flatten() {
-        assert!(!field.trim().is_empty(), "a field without a value");
-    }
-}
-
 fn manifests() -> Vec<Vec<u8>> {
     [
         POD,
@@ -283,7 +268,6 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         protocol::parse(&enrolments()[0], vec![null.into()]).expect("the sample workload to enrol");
         protocol::parse(&enrolments()[1], Vec::new()).expect("the sample deletion");
-        assert!(head::parse_baggage(&baggages()[0]).workload.is_some(), "the sample baggage");
         for text in manifests() {
             for document in mesh_api::yaml::documents(str::from_utf8(&text).unwrap()) {
                 for item in mesh_api::k8s::items(&document.unwrap(), &"sample.yaml".into()) {

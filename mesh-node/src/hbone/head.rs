@@ -16,12 +16,8 @@ pub const FORWARDED: &str = "forwarded";
 /// Header with the trace's identifiers (W3C Trace Context).
 pub const TRACEPARENT: &str = "traceparent";
 
-/// Longest baggage that is read, bytes (W3C Baggage 3.3.2 asks for 8192 at least).
-const MAX_BAGGAGE_BYTES: usize = 8192;
 /// Longest `forwarded` that is read, bytes: an address, and a name of at most 253.
 const MAX_FORWARDED_BYTES: usize = 1024;
-/// Pairs that are read (W3C Baggage 3.3.2 asks for 64 at least).
-const MAX_BAGGAGE_PAIRS: usize = 64;
 
 /// A CONNECT to `authority` on behalf of `source`.
 pub fn request(
@@ -94,55 +90,6 @@ pub fn traceparent(rng: &mut impl Rng) -> String {
     // All zeros is invalid (W3C Trace Context 3.2.2.3).
     let (trace, parent) = (rng.random::<u128>().max(1), rng.random::<u64>().max(1));
     format!("00-{trace:032x}-{parent:016x}-00")
-}
-
-/// What a peer says about its workload.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Baggage<'a> {
-    /// `k8s.cluster.name`.
-    pub cluster: Option<&'a str>,
-    /// `k8s.namespace.name`.
-    pub namespace: Option<&'a str>,
-    /// `k8s.{deployment|cronjob|pod|job}.name`.
-    pub workload: Option<&'a str>,
-    /// `service.name`.
-    pub service: Option<&'a str>,
-    /// `service.version`.
-    pub version: Option<&'a str>,
-    /// `cloud.region`.
-    pub region: Option<&'a str>,
-    /// `cloud.availability_zone`.
-    pub zone: Option<&'a str>,
-}
-
-/// Reads a baggage header; what is not understood is left out, and the first of several equal keys counts.
-pub fn parse_baggage(bytes: &[u8]) -> Baggage<'_> {
-    let mut baggage = Baggage::default();
-    if bytes.len() > MAX_BAGGAGE_BYTES {
-        return baggage;
-    }
-    let Ok(text) = std::str::from_utf8(bytes) else { return baggage };
-    for pair in text.split(',').take(MAX_BAGGAGE_PAIRS) {
-        // Properties after `;` say nothing about the workload.
-        let pair = pair.split(';').next().unwrap_or_default();
-        let Some((key, value)) = pair.split_once('=') else { continue };
-        let value = value.trim();
-        let field = match key.trim() {
-            "k8s.cluster.name" => &mut baggage.cluster,
-            "k8s.namespace.name" => &mut baggage.namespace,
-            "k8s.deployment.name" | "k8s.cronjob.name" | "k8s.pod.name" | "k8s.job.name" => &mut baggage.workload,
-            "service.name" => &mut baggage.service,
-            "service.version" => &mut baggage.version,
-            "cloud.region" => &mut baggage.region,
-            "cloud.availability_zone" => &mut baggage.zone,
-            // Baggage is an open set by definition.
-            _ => continue,
-        };
-        if field.is_none() && !value.is_empty() {
-            *field = Some(value);
-        }
-    }
-    baggage
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mesh_core::identity::SpiffeId;
 use mesh_core::workload::WorkloadUid;
@@ -155,16 +154,6 @@ impl<T: PooledTunnel, A: Clone> Pool<T, A> {
         self.take(|_, slot| slot.streams == 0 && now.saturating_duration_since(slot.idle_since) >= IDLE_RELEASE)
     }
 
-    /// When the next tunnel may expire, as a duration from `now`.
-    pub fn next_expiry(&self, now: Instant) -> Option<Duration> {
-        self.entries
-            .values()
-            .flat_map(|entry| &entry.tunnels)
-            .filter(|slot| slot.streams == 0)
-            .map(|slot| (slot.idle_since + IDLE_RELEASE).saturating_duration_since(now))
-            .min()
-    }
-
     /// Keeps only tunnels that `keep` wants, and returns the others. Streams on those run on; new ones cannot begin.
     pub fn retain(&mut self, keep: impl Fn(&PoolKey, &T) -> bool) -> Vec<T> {
         self.take(|key, slot| !keep(key, &slot.tunnel))
@@ -178,11 +167,6 @@ impl<T: PooledTunnel, A: Clone> Pool<T, A> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// Streams on each tunnel of a key.
-    pub fn streams(&self, key: &PoolKey) -> Vec<u32> {
-        self.entries.get(key).map(|entry| entry.tunnels.iter().map(|slot| slot.streams).collect()).unwrap_or_default()
     }
 
     fn take(&mut self, out: impl Fn(&PoolKey, &Slot<T>) -> bool) -> Vec<T> {

@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -36,6 +37,23 @@ impl PooledTunnel for FakeTunnel {
 }
 
 type TestPool = Pool<FakeTunnel, u64>;
+
+impl TestPool {
+    /// When the next tunnel may expire, as a duration from `now`.
+    fn next_expiry(&self, now: Instant) -> Option<Duration> {
+        self.entries
+            .values()
+            .flat_map(|entry| &entry.tunnels)
+            .filter(|slot| slot.streams == 0)
+            .map(|slot| (slot.idle_since + IDLE_RELEASE).saturating_duration_since(now))
+            .min()
+    }
+
+    /// Streams on each tunnel of a key.
+    fn streams(&self, key: &PoolKey) -> Vec<u32> {
+        self.entries.get(key).map(|entry| entry.tunnels.iter().map(|slot| slot.streams).collect()).unwrap_or_default()
+    }
+}
 
 fn key_to(destination: &str) -> Arc<PoolKey> {
     Arc::new(PoolKey {
