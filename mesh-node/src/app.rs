@@ -145,7 +145,8 @@ impl App {
         let enrol_metrics = EnrolMetrics::register(&mut registry);
         let trust_domain: Arc<str> = config.trust_domain.as_str().into();
         let roster = Roster::new(host, Arc::clone(&shared), trust_domain, adopted.workloads, enrol_metrics.clone());
-        let (session, enrolment) = Session::new(config.agent_socket.clone(), roster, enrol_metrics);
+        let predecessor = store.changes().context("supervisor")?;
+        let (session, enrolment) = Session::new(config.agent_socket.clone(), roster, predecessor, enrol_metrics);
         info!(adopted = enrolment.borrow().adopted, elapsed = ?started.elapsed(), "workloads are served");
 
         let app = Self { datapath, tasks: JoinSet::new(), hand_on, end: CancellationToken::new(), store };
@@ -201,10 +202,7 @@ impl App {
         self.spawn("metrics port", metrics::serve(outside.metrics_socket, Arc::new(outside.registry), hand_on.clone()));
         self.spawn("readiness port", readiness::serve(outside.ready_socket, readiness, hand_on.clone()));
         let session = parts.session;
-        self.spawn("enrolment", async move {
-            agent_may_speak.await;
-            session.run(hand_on).await;
-        });
+        self.spawn("enrolment", session.run(agent_may_speak, hand_on));
         Ok(self)
     }
 

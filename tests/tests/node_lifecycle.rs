@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_ctl::sandbox::{Enrolment, Part};
-use mesh_tests::mesh_bed::{Attempt, MeshBed, eventually, two_nodes};
+use mesh_tests::mesh_bed::{Attempt, MeshBed, echo, eventually, two_nodes};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -152,6 +152,41 @@ fn a_take_over_under_a_stream_of_new_connections_loses_none() {
         send(successor.pid(), Signal::SIGTERM);
         assert_eq!(successor.wait_for_exit(), Some(0));
     }
+}
+
+/// The next one cannot get ready, so that the time in which both run is as long as the test likes.
+#[test]
+fn what_changes_during_a_take_over_is_taken_over_too() {
+    let topology =
+        two_nodes().workload(echo("late", "node-a").account("near").outside_mesh()).workload(echo("gone", "node-a"));
+    let mut bed = MeshBed::up("during", topology);
+    let late = bed.address("late");
+    bed.stream("client", late).wait("traffic", Attempt::is_ok);
+    bed.sandbox.end_part(&Part::Controller).unwrap();
+    std::fs::remove_file(bed.sandbox.layout.node("node-a").join("state/snapshot")).unwrap();
+    let (old, proxy) = (bed.supervisor("node-a"), bed.proxy("node-a"));
+    let mut successor = bed.another_node("node-a", &["--takeover"]);
+    let served = |bed: &MeshBed| {
+        let status = bed.status("node-a").filter(|status| i32::try_from(status.pid) != Ok(proxy))?;
+        Some(status.enrolled.iter().map(|workload| workload.name.clone()).collect::<Vec<_>>())
+    };
+    assert_eq!(eventually("the next proxy", || served(&bed)).len(), 3, "what there was when it came");
+    bed.sandbox.enrol("late", Enrolment::Mesh).unwrap();
+    bed.sandbox.enrol("gone", Enrolment::None).unwrap();
+    // From here on nobody but the old supervisor can tell the next proxy.
+    bed.sandbox.end_part(&Part::Agent).unwrap();
+    eventually("the changes", || {
+        served(&bed).filter(|names| names.contains(&"late".to_owned()) && !names.contains(&"gone".to_owned()))
+    });
+    bed.sandbox.start_controller().unwrap();
+    assert_eq!(exit_of(old), WaitStatus::Exited(Pid::from_raw(old), 0), "the old supervisor");
+    let mut stream = bed.stream("client", late);
+    for _ in 0..20 {
+        let attempt = stream.wait("an attempt", |_| true);
+        assert!(attempt.is_ok(), "{attempt:?}");
+    }
+    send(successor.pid(), Signal::SIGTERM);
+    assert_eq!(successor.wait_for_exit(), Some(0));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use mesh_ebpf_common::abi::Workload;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -11,7 +12,7 @@ use super::error::{CaptureError, context};
 use super::netns::{Interface, in_netns, interfaces, merges_received};
 use super::node_end::node_end;
 use super::programs::Programs;
-use super::{Capture, gate, inner_route, tc};
+use super::{Capture, gate, inner_route, sys, tc};
 
 /// Interfaces of one workload that are guarded; no connection comes in by further ones. A pod has two or three.
 const MAX_INTERFACES: usize = 1024;
@@ -53,6 +54,13 @@ impl Capture {
         let _alone = self.lock()?;
         let netns = context(self.watches.netns(cookie), || format!("open {name}"))?;
         let Some(netns) = netns else { return Ok(Vec::new()) };
+        let enrolled: Option<Workload> =
+            context(sys::lookup(self.maps.workloads.as_fd(), &cookie), || format!("look up {name}"))?;
+        if enrolled.is_none() {
+            // Another proxy, which this one takes over from, has ended the enrolment.
+            self.watches.remove(cookie);
+            return Ok(Vec::new());
+        }
         let directory = self.pins.workload(cookie);
         let place = Place { name: &name, cookie, netns: netns.as_fd(), directory: &directory };
         let before = self.watches.guarded(cookie);

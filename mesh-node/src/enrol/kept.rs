@@ -64,7 +64,6 @@ pub(super) fn descriptors(workload: &Enrolled) -> io::Result<Vec<(String, OwnedF
 /// Takes every enrolment out of what the supervisor kept.
 pub fn adopt(kept: &mut Kept) -> Adopted {
     let mut adopted = Adopted::default();
-    let ours = |name: &&String| [NETNS, LISTEN, INFO].iter().any(|prefix| name.starts_with(prefix));
     let infos: Vec<String> = kept.keys().filter_map(|name| name.strip_prefix(INFO).map(str::to_owned)).collect();
     let mut complete = BTreeSet::new();
     for uid in infos {
@@ -76,9 +75,20 @@ pub fn adopt(kept: &mut Kept) -> Adopted {
             Err(error) => tracing::warn!(uid, %error, "kept enrolment cannot be used"),
         }
     }
-    adopted.leftovers = kept.keys().filter(ours).filter(|name| !complete.contains(*name)).cloned().collect();
-    kept.retain(|name, _| !ours(&name));
+    adopted.leftovers =
+        kept.keys().filter(|name| is_ours(name)).filter(|name| !complete.contains(*name)).cloned().collect();
+    kept.retain(|name, _| !is_ours(name));
     adopted
+}
+
+/// Whether a descriptor of this name belongs to an enrolment.
+pub(super) fn is_ours(name: &str) -> bool {
+    [NETNS, LISTEN, INFO].iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// The workload whose enrolment a descriptor of this name makes complete, and whose end its end is.
+pub(super) fn completes(name: &str) -> Option<WorkloadUid> {
+    name.strip_prefix(INFO).map(|uid| WorkloadUid(uid.into()))
 }
 
 fn adopt_one(kept: &Kept, uid: &str) -> io::Result<Enrolled> {

@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use super::protocol::{Add, Request, WorkloadInfo};
 use super::{Captured, EnrolMetrics, Host, MAX_WORKLOADS, NotCaptured, kept};
 use crate::runtime::{Enrolled, Shared};
+use crate::supervisor::client::{Kept, StoreChange};
 
 /// Longest time from a request to its answer. The agent waits longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
@@ -31,6 +32,8 @@ pub struct Roster {
     incomplete: BTreeMap<WorkloadUid, String>,
     /// Adopted and not captured again yet.
     unsettled: BTreeSet<WorkloadUid>,
+    /// Descriptors that a predecessor put, of enrolments that are not complete yet.
+    handed_over: Kept,
     /// The agent has announced everything, and proxies of the past are to be retired.
     all_announced: bool,
     /// Announced since the agent connected.
@@ -75,6 +78,7 @@ impl Roster {
             closed: BTreeMap::new(),
             incomplete: BTreeMap::new(),
             unsettled: adopted.into_keys().collect(),
+            handed_over: Kept::new(),
             all_announced: false,
             announced: BTreeSet::new(),
             metrics,
@@ -120,6 +124,67 @@ impl Roster {
             warn!(%error, "proxies of the past are not retired");
         }
         true
+    }
+
+    /// What a predecessor that we take over from did after this process was given its workloads.
+    pub fn follow(&mut self, change: StoreChange) {
+        match change {
+            StoreChange::Put(name, fd) if kept::is_ours(&name) => {
+                let complete = kept::completes(&name).is_some();
+                self.handed_over.insert(name, fd);
+                if complete {
+                    kept::adopt(&mut self.handed_over).workloads.into_iter().for_each(|workload| self.adopt(workload));
+                }
+            }
+            StoreChange::Del(name) => {
+                self.handed_over.remove(&name);
+                if let Some(workload) = kept::completes(&name).and_then(|uid| self.enrolled(&uid)) {
+                    self.leave(&workload);
+                }
+            }
+            // Certificates and ports: what this process has of these is as good.
+            StoreChange::Put(..) => {}
+        }
+        self.count();
+    }
+
+    /// Serves a workload that a predecessor has enrolled.
+    fn adopt(&mut self, workload: Enrolled) {
+        if let Some(known) = self.enrolled(&workload.uid) {
+            if same_file(known.listeners.outbound4.as_fd(), workload.listeners.outbound4.as_fd()) {
+                return;
+            }
+            self.leave(&known);
+        }
+        let workload = Arc::new(workload);
+        self.closed.remove(&workload.uid);
+        self.serve(&workload);
+        self.unsettled.insert(workload.uid.clone());
+        drop(self.host.certificate(kept::info(&workload).identity(&self.trust_domain)));
+    }
+
+    fn serve(&self, workload: &Arc<Enrolled>) {
+        self.shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            enrolled.insert(workload.uid.clone(), Arc::clone(workload));
+            view.with_enrolled(enrolled)
+        });
+        self.host.serve(Arc::clone(workload));
+        self.metrics.started.inc();
+    }
+
+    /// Serves a workload no more.
+    fn leave(&mut self, workload: &Enrolled) {
+        self.incomplete.remove(&workload.uid);
+        self.shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            enrolled.remove(&workload.uid);
+            view.with_enrolled(enrolled)
+        });
+        self.host.stop(&workload.uid);
+        self.give_up_certificate_of(workload);
+        self.metrics.stopped.inc();
+        info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left");
     }
 
     /// A new connection to the agent, which announces everything again.
@@ -219,13 +284,7 @@ impl Roster {
         let WorkloadInfo { name, namespace, service_account } = info;
         let workload =
             Arc::new(Enrolled { uid: uid.clone(), name, namespace, service_account, netns, cookie, listeners });
-        self.shared.update(|view| {
-            let mut enrolled = view.enrolled.clone();
-            enrolled.insert(uid.clone(), Arc::clone(&workload));
-            view.with_enrolled(enrolled)
-        });
-        self.host.serve(Arc::clone(&workload));
-        self.metrics.started.inc();
+        self.serve(&workload);
         info!(workload = &*workload.name, namespace = &*workload.namespace, cookie, "workload enrolled");
         self.put(&workload)
     }
@@ -273,16 +332,8 @@ impl Roster {
             debug!(uid = &*uid.0, "told to end an enrolment that there is not");
             return Ok(());
         };
-        self.shared.update(|view| {
-            let mut enrolled = view.enrolled.clone();
-            enrolled.remove(uid);
-            view.with_enrolled(enrolled)
-        });
-        self.host.stop(uid);
         self.forget(uid);
-        self.give_up_certificate_of(&workload);
-        self.metrics.stopped.inc();
-        info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left");
+        self.leave(&workload);
         let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
         blocking(move || host.release(gone.cookie, Some(gone.netns.as_fd()))).await
     }

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use super::protocol::{self, BadRequest, Request};
 use super::{EnrolMetrics, EnrolmentStatus, Roster};
 use crate::seqpacket::{self, Received};
+use crate::supervisor::client::Changes;
 
 /// Pause before the agent is tried again; doubles up to the longest. The agent is on this node: trying is cheap.
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
@@ -30,6 +31,8 @@ pub struct Session {
     roster: Roster,
     status: watch::Sender<EnrolmentStatus>,
     metrics: EnrolMetrics,
+    /// What a predecessor goes on doing until this process has taken over.
+    predecessor: Changes,
     bad_logged: Option<Instant>,
     unreachable_logged: bool,
 }
@@ -45,18 +48,24 @@ enum Heard {
 
 impl Session {
     /// A session with the agent at a socket, and its status from here on.
-    pub fn new(agent: PathBuf, roster: Roster, metrics: EnrolMetrics) -> (Self, watch::Receiver<EnrolmentStatus>) {
+    pub fn new(
+        agent: PathBuf,
+        roster: Roster,
+        predecessor: Changes,
+        metrics: EnrolMetrics,
+    ) -> (Self, watch::Receiver<EnrolmentStatus>) {
         let workloads = roster.rows();
         let status = EnrolmentStatus { adopted: workloads.len(), workloads, ..EnrolmentStatus::default() };
         let (status, watch) = watch::channel(status);
-        (Self { agent, roster, status, metrics, bad_logged: None, unreachable_logged: false }, watch)
+        (Self { agent, roster, status, metrics, predecessor, bad_logged: None, unreachable_logged: false }, watch)
     }
 
-    /// Runs until cancelled. A request that is being carried out then is given up: the agent repeats it to whoever
+    /// Runs until cancelled, with the agent from `may_speak` on. A request that is being carried out then is given up: the agent repeats it to whoever
     /// comes next.
-    pub async fn run(mut self, cancel: CancellationToken) {
+    pub async fn run(mut self, may_speak: impl Future<Output = ()>, cancel: CancellationToken) {
         let talk = async {
             self.roster.certify_adopted();
+            self.following(may_speak).await;
             let mut pause = RECONNECT_FIRST;
             loop {
                 match self.converse().await {
@@ -64,7 +73,7 @@ impl Session {
                     Err(error) => self.log_unreachable(&error),
                 }
                 if !self.roster.settle_one().await {
-                    tokio::time::sleep(pause).await;
+                    self.following(tokio::time::sleep(pause)).await;
                     pause = (pause * 2).min(RECONNECT_MAX);
                 }
             }
@@ -72,6 +81,22 @@ impl Session {
         tokio::select! {
             () = cancel.cancelled() => {}
             () = talk => {}
+        }
+    }
+
+    /// Waits for something, and does what a predecessor does meanwhile.
+    async fn following<T>(&mut self, something: impl Future<Output = T>) -> T {
+        tokio::pin!(something);
+        loop {
+            tokio::select! {
+                biased;
+                change = self.predecessor.next() => {
+                    self.roster.follow(change);
+                    let workloads = self.roster.rows();
+                    self.status.send_modify(|status| status.workloads = workloads);
+                }
+                done = &mut something => return done,
+            }
         }
     }
 
@@ -94,7 +119,7 @@ impl Session {
 
     async fn serve(&mut self, agent: &AsyncFd<OwnedFd>) -> io::Result<()> {
         loop {
-            let heard = if self.roster.is_settled() { hear(agent).await? } else { hear_now(agent)? };
+            let heard = if self.roster.is_settled() { self.following(hear(agent)).await? } else { hear_now(agent)? };
             let answer = match heard {
                 Heard::Nothing => {
                     self.roster.settle_one().await;

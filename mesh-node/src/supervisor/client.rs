@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tracing::warn;
 
 use super::message::StoreMessage;
-use super::peer::{Heard, Peer};
+use super::peer::{Heard, Peer, understand};
 use crate::seqpacket;
 
 /// Time for the supervisor to send what it keeps.
@@ -22,6 +25,49 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct StoreClient {
     socket: OwnedFd,
+}
+
+/// What the supervisor that ours takes over from changes after this proxy was given what was kept.
+#[derive(Debug)]
+pub struct Changes {
+    socket: AsyncFd<OwnedFd>,
+}
+
+/// One change.
+#[derive(Debug)]
+pub enum StoreChange {
+    /// Another descriptor has this name.
+    Put(String, OwnedFd),
+    /// Nothing has this name.
+    Del(String),
+}
+
+impl Changes {
+    /// Over a socket from a supervisor.
+    pub fn over(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self { socket: seqpacket::asynchronous(socket)? })
+    }
+
+    /// The next one; most proxies wait for ever. None is lost when this is given up.
+    pub async fn next(&self) -> StoreChange {
+        loop {
+            match self.socket.async_io(Interest::READABLE, |socket| seqpacket::receive(socket.as_fd())).await {
+                Ok(received) => match understand(received) {
+                    Heard::Message(StoreMessage::Put(name), Some(fd)) => return StoreChange::Put(name, fd),
+                    Heard::Message(StoreMessage::Del(name), _) => return StoreChange::Del(name),
+                    Heard::Message(message, _) => warn!(%message, "message from the supervisor out of place"),
+                    Heard::Malformed(reason) => warn!(%reason, "message from the supervisor ignored"),
+                    Heard::Nothing => {}
+                    // This process ends with its supervisor.
+                    Heard::Closed => std::future::pending::<()>().await,
+                },
+                Err(error) => {
+                    warn!(%error, "supervisor is not heard any more");
+                    std::future::pending::<()>().await;
+                }
+            }
+        }
+    }
 }
 
 /// Everything that was kept.
@@ -58,6 +104,11 @@ impl StoreClient {
             }
         }
         Ok((Self { socket }, kept))
+    }
+
+    /// What is changed from now on by others.
+    pub fn changes(&self) -> io::Result<Changes> {
+        Changes::over(self.socket.try_clone()?)
     }
 
     /// Keeps a descriptor under a name.

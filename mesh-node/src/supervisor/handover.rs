@@ -1,5 +1,6 @@
 //! Everything goes from the running supervisor to the next: its lock, its descriptors, and, when the next one's proxy
-//! is ready, the duty to serve. Until then the running one goes on as if nothing happened.
+//! is ready, the duty to serve. Until then the running one goes on as if nothing happened, and what its proxy puts and
+//! deletes meanwhile goes to the next one, too.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,8 +13,8 @@ use tracing::{debug, info, warn};
 
 use super::lock::StateLock;
 use super::message::StoreMessage;
-use super::peer::{Heard, Peer};
-use super::store::FdStore;
+use super::peer::{Change, Heard, Peer};
+use super::store::{FdStore, MAX_KEPT_FDS};
 use crate::seqpacket;
 
 /// Name of the socket in the state directory.
@@ -22,6 +23,8 @@ pub const HANDOVER_SOCKET: &str = "handover.sock";
 const LOCK_NAME: &str = "lock";
 /// Supervisors that may ask at the same time; one is usual.
 const MAX_SUCCESSORS: usize = 4;
+/// Messages that wait for one successor; one that takes none is given up.
+const MAX_BACKLOG: usize = 2 * MAX_KEPT_FDS;
 /// Time for the running supervisor to send everything.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -30,7 +33,16 @@ const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct HandoverServer {
     listener: std::os::fd::OwnedFd,
     /// Those who connected.
-    pub successors: Vec<Peer>,
+    pub successors: Vec<Successor>,
+}
+
+/// A supervisor that wants to take over.
+#[derive(Debug)]
+pub struct Successor {
+    /// Its socket.
+    pub peer: Peer,
+    /// It was sent the store, and hears of changes.
+    follows: bool,
 }
 
 /// Where a successor is.
@@ -54,7 +66,9 @@ impl HandoverServer {
     pub fn accept(&mut self) {
         while let Ok(socket) = seqpacket::accept(self.listener.as_fd()) {
             match Peer::new(socket) {
-                Ok(peer) if self.successors.len() < MAX_SUCCESSORS => self.successors.push(peer),
+                Ok(peer) if self.successors.len() < MAX_SUCCESSORS => {
+                    self.successors.push(Successor { peer, follows: false });
+                }
                 Ok(_) => warn!("too many supervisors want to take over"),
                 Err(error) => warn!(%error, "connection of a supervisor that wants to take over"),
             }
@@ -63,17 +77,24 @@ impl HandoverServer {
 
     /// Hears and answers the successor at an index, which may go away by that.
     pub fn hear(&mut self, at: usize, store: &FdStore, lock: &StateLock) -> Progress {
-        let Some(peer) = self.successors.get_mut(at) else { return Progress::Waiting };
+        let Some(Successor { peer, follows }) = self.successors.get_mut(at) else { return Progress::Waiting };
         let gone = loop {
             match peer.hear() {
                 Heard::Nothing => break false,
                 Heard::Closed => break true,
-                Heard::Message(StoreMessage::TakenOver, _) => return Progress::TakenOver,
+                Heard::Message(StoreMessage::TakenOver, _) => {
+                    // What still waits is in the socket before it is closed; more than that it does not take.
+                    if let Err(error) = peer.flush(store) {
+                        debug!(%error, "the next supervisor missed the last changes");
+                    }
+                    return Progress::TakenOver;
+                }
                 Heard::Message(StoreMessage::TakeOver, _) => match lock.as_fd().try_clone_to_owned() {
                     Ok(fd) => {
                         info!("handing everything to another supervisor");
                         peer.queue_fd(LOCK_NAME, fd);
                         peer.queue_store(store);
+                        *follows = true;
                     }
                     Err(error) => {
                         warn!(%error, "cannot hand over");
@@ -88,6 +109,25 @@ impl HandoverServer {
             self.successors.remove(at);
         }
         Progress::Waiting
+    }
+}
+
+impl HandoverServer {
+    /// Tells those who were sent the store that it changed: `change` has been carried out.
+    pub fn forward(&mut self, change: &Change, store: &FdStore) {
+        self.successors.retain_mut(|Successor { peer, follows }| {
+            if !*follows {
+                return true;
+            }
+            peer.queue_change(change);
+            // One that is gone is heard of by the next poll.
+            let sent = peer.flush(store);
+            let keeps_up = peer.backlog() <= MAX_BACKLOG;
+            if !keeps_up {
+                warn!(?sent, "a supervisor that wants to take over takes nothing");
+            }
+            keeps_up
+        });
     }
 }
 
@@ -149,3 +189,6 @@ fn wait_readable(peer: &Peer, deadline: Instant) -> anyhow::Result<()> {
 fn socket_path(state_dir: &Path) -> PathBuf {
     state_dir.join(HANDOVER_SOCKET)
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,7 +27,7 @@ use self::handover::HandoverServer;
 use self::lifecycle::{Due, Lifecycle};
 use self::lock::StateLock;
 use self::message::StoreMessage;
-use self::peer::{Heard, Peer};
+use self::peer::{Change, Heard, Peer};
 use self::process::{Proxy, Signals};
 use self::store::FdStore;
 
@@ -74,8 +74,15 @@ struct Supervisor {
     lock: Option<StateLock>,
     /// Listens for the next supervisor; absent before a take-over is complete and after it was handed on.
     handover: Option<HandoverServer>,
-    /// The supervisor that we take over from, until our proxy is ready.
-    predecessor: Option<Peer>,
+    /// The supervisor that we take over from, until it has closed the connection.
+    predecessor: Option<Predecessor>,
+}
+
+/// The supervisor before this one.
+struct Predecessor {
+    peer: Peer,
+    /// Our proxy is ready, and it was told so: it says what changed until then, and goes.
+    told: bool,
 }
 
 /// What a descriptor of the poll set stands for.
@@ -105,7 +112,7 @@ impl Supervisor {
             info!(descriptors = taken.store.names().count(), "taking over from the running supervisor");
             supervisor.store = taken.store;
             supervisor.lock = Some(taken.lock);
-            supervisor.predecessor = Some(taken.predecessor);
+            supervisor.predecessor = Some(Predecessor { peer: taken.predecessor, told: false });
         } else {
             supervisor.lock = Some(StateLock::acquire(&supervisor.options.state_dir)?);
             supervisor.handover = Some(HandoverServer::listen(&supervisor.options.state_dir)?);
@@ -155,11 +162,14 @@ impl Supervisor {
         sources.extend(
             self.proxy.iter().filter(|p| !p.hung_up).map(|p| (Source::Proxy, p.peer.as_fd(), p.peer.wants_to_send())),
         );
-        sources.extend(self.predecessor.iter().map(|p| (Source::Predecessor, p.as_fd(), p.wants_to_send())));
+        let predecessor = self.predecessor.iter().map(|predecessor| &predecessor.peer);
+        sources.extend(predecessor.map(|peer| (Source::Predecessor, peer.as_fd(), peer.wants_to_send())));
         if let Some(handover) = &self.handover {
             sources.push((Source::Listener, handover.as_fd(), false));
             let successors = handover.successors.iter().enumerate();
-            sources.extend(successors.map(|(at, peer)| (Source::Successor(at), peer.as_fd(), peer.wants_to_send())));
+            sources.extend(
+                successors.map(|(at, next)| (Source::Successor(at), next.peer.as_fd(), next.peer.wants_to_send())),
+            );
         }
         let mut fds: Vec<PollFd<'_>> = sources
             .iter()
@@ -196,7 +206,7 @@ impl Supervisor {
 
     fn shed(&mut self) {
         // While we take over, the predecessor's proxy serves these listeners.
-        if self.predecessor.is_none() {
+        if self.predecessor.as_ref().is_none_or(|predecessor| predecessor.told) {
             let connections = self.store.shed();
             if connections > 0 {
                 warn!(connections, "no proxy accepts: waiting connections reset");
@@ -291,14 +301,30 @@ impl Supervisor {
 
     fn obey(&mut self, message: StoreMessage, fd: Option<OwnedFd>) {
         match (message, fd) {
+            // Another supervisor has everything, and what this proxy still opens must not outlive it.
+            (StoreMessage::Put(_) | StoreMessage::Del(_), _) if self.lock.is_none() => {}
+            (StoreMessage::Ready, _) => self.proxy_ready(),
+            (message, fd) => match self.change(message, fd) {
+                Ok(change) => self.handover.iter_mut().for_each(|handover| handover.forward(&change, &self.store)),
+                Err(message) => warn!(%message, "message from the proxy out of place"),
+            },
+        }
+    }
+
+    /// Carries out a change of the store, or returns what is none.
+    fn change(&mut self, message: StoreMessage, fd: Option<OwnedFd>) -> Result<Change, StoreMessage> {
+        match (message, fd) {
             (StoreMessage::Put(name), Some(fd)) => {
-                if let Err(error) = self.store.put(name, fd) {
+                if let Err(error) = self.store.put(name.clone(), fd) {
                     error!(%error, "descriptor store is full");
                 }
+                Ok(Change::Put(name))
             }
-            (StoreMessage::Del(name), _) => self.store.del(&name),
-            (StoreMessage::Ready, _) => self.proxy_ready(),
-            (message, _) => warn!(%message, "message from the proxy out of place"),
+            (StoreMessage::Del(name), _) => {
+                self.store.del(&name);
+                Ok(Change::Del(name))
+            }
+            (message, _) => Err(message),
         }
     }
 
@@ -308,9 +334,10 @@ impl Supervisor {
         }
         self.lifecycle.ready();
         info!("proxy is ready");
-        let Some(mut predecessor) = self.predecessor.take() else { return };
-        predecessor.queue(StoreMessage::TakenOver);
-        if let Err(error) = predecessor.flush(&self.store) {
+        let Some(predecessor) = self.predecessor.as_mut().filter(|predecessor| !predecessor.told) else { return };
+        predecessor.told = true;
+        predecessor.peer.queue(StoreMessage::TakenOver);
+        if let Err(error) = predecessor.peer.flush(&self.store) {
             warn!(%error, "the previous supervisor is gone already");
         }
         self.own_state_dir();
@@ -330,15 +357,31 @@ impl Supervisor {
     }
 
     fn hear_predecessor(&mut self) {
-        let Some(predecessor) = &self.predecessor else { return };
-        match predecessor.hear() {
-            Heard::Nothing => {}
-            Heard::Malformed(reason) => warn!(%reason, "message from the previous supervisor ignored"),
-            Heard::Message(message, _) => debug!(%message, "message from the previous supervisor out of place"),
-            Heard::Closed => {
-                warn!("the previous supervisor went before we were ready");
-                self.predecessor = None;
-                self.own_state_dir();
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(predecessor) = &self.predecessor else { return };
+            match predecessor.peer.hear() {
+                Heard::Nothing => return,
+                Heard::Malformed(reason) => warn!(%reason, "message from the previous supervisor ignored"),
+                Heard::Message(message, fd) => match self.change(message, fd) {
+                    Ok(change) => self.tell_proxy(&change),
+                    Err(message) => debug!(%message, "message from the previous supervisor out of place"),
+                },
+                Heard::Closed => {
+                    if self.predecessor.take().is_some_and(|predecessor| !predecessor.told) {
+                        warn!("the previous supervisor went before we were ready");
+                        self.own_state_dir();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Our proxy has what was kept when it started; this came later.
+    fn tell_proxy(&mut self, change: &Change) {
+        if let Some(proxy) = &mut self.proxy {
+            proxy.peer.queue_change(change);
+            if let Err(error) = proxy.peer.flush(&self.store) {
+                debug!(%error, "proxy does not take descriptors");
             }
         }
     }

@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::message::StoreMessage;
 use super::store::FdStore;
-use crate::seqpacket::{self, Received};
+use crate::seqpacket::{self, Message, Received};
 
 /// A proxy, or the next supervisor.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct Peer {
     outbox: VecDeque<Outgoing>,
 }
 
-/// What waits to be sent. Bounded by the store: a name a kept descriptor, and two more.
+/// What waits to be sent. Bounded by whoever queues: the store once, and then changes as long as few of them wait.
 #[derive(Debug)]
 enum Outgoing {
     /// The descriptor that the store has under this name when its turn comes.
@@ -27,6 +27,15 @@ enum Outgoing {
     Other(String, OwnedFd),
     /// No descriptor.
     Plain(StoreMessage),
+}
+
+/// A change of the store that was carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Another descriptor has this name.
+    Put(String),
+    /// Nothing has this name.
+    Del(String),
 }
 
 /// What a peer said.
@@ -54,6 +63,19 @@ impl Peer {
     pub fn queue_store(&mut self, store: &FdStore) {
         self.outbox.extend(store.names().cloned().map(Outgoing::Kept));
         self.outbox.push_back(Outgoing::Plain(StoreMessage::Loaded));
+    }
+
+    /// Queues a change of the store.
+    pub fn queue_change(&mut self, change: &Change) {
+        self.outbox.push_back(match change {
+            Change::Put(name) => Outgoing::Kept(name.clone()),
+            Change::Del(name) => Outgoing::Plain(StoreMessage::Del(name.clone())),
+        });
+    }
+
+    /// How much waits to be sent.
+    pub fn backlog(&self) -> usize {
+        self.outbox.len()
     }
 
     /// Queues a descriptor that the store does not keep.
@@ -99,9 +121,7 @@ impl Peer {
     /// The next message, if there is one.
     pub fn hear(&self) -> Heard {
         match seqpacket::receive(self.socket.as_fd()) {
-            Ok(Received::Closed) => Heard::Closed,
-            Ok(Received::Oversized) => Heard::Malformed("message is too long or carries too many descriptors".into()),
-            Ok(Received::Message(message)) => understand(&message.bytes, message.fds),
+            Ok(received) => understand(received),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Heard::Nothing,
             Err(_) => Heard::Closed,
@@ -109,8 +129,14 @@ impl Peer {
     }
 }
 
-fn understand(bytes: &[u8], mut fds: Vec<OwnedFd>) -> Heard {
-    match StoreMessage::parse(bytes) {
+/// Reads what was received.
+pub(super) fn understand(received: Received) -> Heard {
+    let Message { bytes, mut fds } = match received {
+        Received::Message(message) => message,
+        Received::Oversized => return Heard::Malformed("message is too long or carries too many descriptors".into()),
+        Received::Closed => return Heard::Closed,
+    };
+    match StoreMessage::parse(&bytes) {
         Err(error) => Heard::Malformed(error.to_string()),
         Ok(message @ StoreMessage::Put(_)) if fds.len() == 1 => Heard::Message(message, fds.pop()),
         Ok(StoreMessage::Put(name)) => Heard::Malformed(format!("put {name} carries {} descriptors", fds.len())),

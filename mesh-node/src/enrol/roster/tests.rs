@@ -222,3 +222,41 @@ async fn a_store_that_does_not_take_the_listeners_is_reported_and_the_workload_s
     scene.expect(add("a", "web", &file()), Err("cannot be kept for a restart"), &["capture a", "serve a"]).await;
     assert_eq!(scene.served(), ["a"]);
 }
+
+fn hand_over(scene: &mut Scene, workload: &Enrolled) {
+    for (name, fd) in kept::descriptors(workload).expect("descriptors") {
+        scene.roster.follow(StoreChange::Put(name, fd));
+    }
+}
+
+#[tokio::test]
+async fn what_a_predecessor_enrolled_late_is_served_and_what_it_ended_is_not() {
+    let mut scene = scene(vec![workload("a", "a", true)]);
+    assert_eq!(scene.host.asked(), ["serve a"]);
+    let late = workload("b", "b", true);
+    hand_over(&mut scene, &late);
+    assert_eq!(scene.host.asked(), ["serve b", "certificate web"]);
+    hand_over(&mut scene, &late);
+    assert!(scene.host.asked().is_empty(), "put again, as a renewal does");
+    assert_eq!(scene.served(), ["a", "b"]);
+    for name in kept::names(&late.uid) {
+        scene.roster.follow(StoreChange::Del(name));
+    }
+    assert_eq!(scene.host.asked(), ["stop b"], "the predecessor releases it in the kernel");
+    assert_eq!(scene.served(), ["a"]);
+    assert!(scene.host.kept.lock().expect("lock").is_empty(), "the supervisor has it already");
+    scene.roster.follow(StoreChange::Put("cert/spiffe://t/ns/default/sa/web".into(), file()));
+    scene.roster.follow(StoreChange::Del("info/x".into()));
+    assert!(scene.host.asked().is_empty());
+}
+
+#[tokio::test]
+async fn half_a_hand_over_is_nothing_until_the_rest_comes() {
+    let mut scene = scene(Vec::new());
+    let mut parts = kept::descriptors(&workload("a", "a", false)).expect("descriptors");
+    let (info, info_fd) = parts.pop().expect("info is last");
+    parts.into_iter().for_each(|(name, fd)| scene.roster.follow(StoreChange::Put(name, fd)));
+    assert!(scene.served().is_empty());
+    scene.roster.follow(StoreChange::Put(info, info_fd));
+    assert_eq!(scene.served(), ["a"]);
+}

@@ -7,7 +7,8 @@ use prost::Message;
 
 use super::*;
 use crate::enrol::Host;
-use crate::enrol::testing::{FakeHost, file};
+use crate::enrol::kept;
+use crate::enrol::testing::{FakeHost, file, workload};
 use crate::runtime::Shared;
 
 /// The agent's side of the socket.
@@ -62,19 +63,27 @@ fn add(uid: &str) -> Vec<u8> {
     request(Payload::Add(zds::AddWorkload { uid: uid.into(), workload_info: Some(info) }))
 }
 
-fn session(agent: &Agent) -> (Session, watch::Receiver<EnrolmentStatus>) {
+/// A session, and the supervisor's end of the socket by which it hears of a predecessor.
+fn session(agent: &Agent) -> (Session, watch::Receiver<EnrolmentStatus>, OwnedFd) {
     let host: Arc<dyn Host> = Arc::new(FakeHost::default());
     let metrics = EnrolMetrics::default();
     let roster = Roster::new(host, Arc::new(Shared::default()), "t".into(), Vec::new(), metrics.clone());
-    Session::new(agent.path.clone(), roster, metrics)
+    let (supervisor, ours) = seqpacket::pair().expect("pair");
+    let predecessor = Changes::over(ours).expect("register");
+    let (session, status) = Session::new(agent.path.clone(), roster, predecessor, metrics);
+    (session, status, supervisor)
+}
+
+fn at_once() -> impl Future<Output = ()> {
+    std::future::ready(())
 }
 
 #[tokio::test]
 async fn requests_are_answered_bad_ones_refused_and_counted_and_nobody_else_is_disturbed() {
     let agent = Agent::listen("requests");
-    let (session, mut status) = session(&agent);
+    let (session, mut status, _supervisor) = session(&agent);
     let cancel = CancellationToken::new();
-    let running = tokio::spawn(session.run(cancel.clone()));
+    let running = tokio::spawn(session.run(at_once(), cancel.clone()));
     let proxy = agent.accept().await;
     let netns = file();
     assert_eq!(ask(&proxy, &add("a"), &[netns.as_fd()]).await, "");
@@ -101,9 +110,9 @@ async fn requests_are_answered_bad_ones_refused_and_counted_and_nobody_else_is_d
 #[tokio::test]
 async fn an_agent_that_goes_away_is_tried_again_and_workloads_stay() {
     let agent = Agent::listen("again");
-    let (session, mut status) = session(&agent);
+    let (session, mut status, _supervisor) = session(&agent);
     let cancel = CancellationToken::new();
-    let running = tokio::spawn(session.run(cancel.clone()));
+    let running = tokio::spawn(session.run(at_once(), cancel.clone()));
     let proxy = agent.accept().await;
     let netns = file();
     assert_eq!(ask(&proxy, &add("a"), &[netns.as_fd()]).await, "");
@@ -112,6 +121,31 @@ async fn an_agent_that_goes_away_is_tried_again_and_workloads_stay() {
     let proxy = agent.accept().await;
     assert_eq!(ask(&proxy, &request(Payload::Keep(zds::KeepWorkload { uid: "a".into() })), &[]).await, "");
     assert_eq!(status.borrow().workloads.len(), 1);
+    cancel.cancel();
+    running.await.expect("ends");
+}
+
+#[tokio::test]
+async fn what_a_predecessor_does_is_done_before_the_agent_is_spoken_to_and_after() {
+    let agent = Agent::listen("predecessor");
+    let (session, mut status, supervisor) = session(&agent);
+    let cancel = CancellationToken::new();
+    let (speak, may_speak) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(session.run(async move { drop(may_speak.await) }, cancel.clone()));
+    let put = |name: &str| {
+        for (name, fd) in kept::descriptors(&workload(name, name, true)).expect("descriptors") {
+            seqpacket::send(supervisor.as_fd(), format!("put {name}").as_bytes(), &[fd.as_fd()]).expect("send");
+        }
+    };
+    put("early");
+    status.wait_for(|status| status.workloads.iter().any(|w| w.uid == "early")).await.expect("served");
+    drop(speak);
+    let proxy = agent.accept().await;
+    put("late");
+    status.wait_for(|status| status.workloads.len() == 2).await.expect("served");
+    seqpacket::send(supervisor.as_fd(), b"del info/early", &[]).expect("send");
+    status.wait_for(|status| status.workloads.len() == 1).await.expect("left");
+    assert_eq!(ask(&proxy, &request(Payload::Keep(zds::KeepWorkload { uid: "late".into() })), &[]).await, "");
     cancel.cancel();
     running.await.expect("ends");
 }
