@@ -189,7 +189,9 @@ fn refused_connections_are_counted_with_the_reason() {
     let _servers = ["near", "far"].map(|name| Greeter::start(&bed, name, TARGET, Manner::Polite));
     bed.write_config("policy.yaml", DENY);
     // It is stored when it is in force; a connection that is ended by its arrival is no refused one.
-    ["node-a", "node-b"].map(|node| eventually("the policy", || bed.stored(node, "not-the-client")));
+    for node in ["node-a", "node-b"] {
+        eventually("the policy", || bed.stored(node, "not-the-client"));
+    }
     for name in ["near", "far"] {
         for _ in 0..DENIED {
             assert!(bed.ask("client", target(&bed, name), WORDS).is_err(), "{name} is open");

@@ -227,7 +227,9 @@ impl Roster {
         self.refuse_shared_namespace(&add)?;
         match self.enrolled(&add.uid) {
             Some(known) if kept::info(&known) == add.info && same_file(known.netns.as_fd(), add.netns.as_fd()) => {
-                self.renew(known).await?;
+                self.renew(Arc::clone(&known)).await?;
+                // The first time it may not have worked.
+                self.put(&known)?;
             }
             Some(_) => {
                 self.remove(&add.uid).await?;

@@ -216,11 +216,18 @@ async fn proxies_of_the_past_are_retired_when_everything_is_known() {
 }
 
 #[tokio::test]
-async fn a_store_that_does_not_take_the_listeners_is_reported_and_the_workload_served() {
+async fn a_store_that_does_not_take_the_listeners_is_reported_until_it_does_and_the_workload_served() {
     let mut scene = scene(Vec::new());
+    let netns = file();
     scene.host.fail("keep");
-    scene.expect(add("a", "web", &file()), Err("cannot be kept for a restart"), &["capture a", "serve a"]).await;
+    scene.expect(add("a", "web", &netns), Err("cannot be kept for a restart"), &["capture a", "serve a"]).await;
+    scene.host.kept.lock().expect("lock").clear();
+    scene.expect(add("a", "web", &netns), Err("cannot be kept for a restart"), &["renew a"]).await;
     assert_eq!(scene.served(), ["a"]);
+    scene.host.kept.lock().expect("lock").clear();
+    scene.host.mend();
+    scene.expect(add("a", "web", &netns), Ok(()), &["renew a", "certificate web"]).await;
+    assert_eq!(scene.kept_uids(), BTreeSet::from(["a".to_owned()]));
 }
 
 fn hand_over(scene: &mut Scene, workload: &Enrolled) {
