@@ -318,7 +318,7 @@ async fn open_stream(
             return None;
         }
     };
-    let mut description = describe(worker, serving, Carrier::Hbone, tunnel.peer, target, &workload);
+    let mut description = describe(worker, serving, Carrier::Hbone, Ends { peer: tunnel.peer, target }, &workload);
     description.hbone_addr = Some(tunnel.local);
     description.service = head::said_service(request.headers())
         .and_then(|said| addressed_service(&worker.shared.view.load().snapshot, &workload, said).cloned());
@@ -411,12 +411,17 @@ async fn admit(
     }
 }
 
+/// The two ends of a connection: its peer's address, and the application's.
+struct Ends {
+    peer: SocketAddr,
+    target: SocketAddr,
+}
+
 fn describe(
     worker: &Worker,
     serving: &Serving,
     carrier: Carrier,
-    peer: SocketAddr,
-    target: SocketAddr,
+    Ends { peer, target }: Ends,
     workload: &Arc<Workload>,
 ) -> Description {
     let view: &View = &worker.shared.view.load();
@@ -487,7 +492,7 @@ async fn open_plaintext(
             return None;
         }
     };
-    let description = describe(worker, serving, Carrier::Tcp, peer, target, &workload);
+    let description = describe(worker, serving, Carrier::Tcp, Ends { peer, target }, &workload);
     match admit(worker, serving, description, None).await {
         Ok((mut registered, application)) => {
             registered.opened();

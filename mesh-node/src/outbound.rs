@@ -16,7 +16,7 @@ use crate::accept::Accepted;
 use crate::connections::{Carrier, CloseReason, Description, Direction, Registered};
 use crate::dial::{Source, connect, connect_application, keep_alive};
 use crate::hbone::client::{OpenError, Opened, Target};
-use crate::hbone::head;
+use crate::hbone::head::Head;
 use crate::hbone::pool::PoolKey;
 use crate::identity::{NoCertificate, certificate, identity_of};
 use crate::metrics::{ResponseFlags, count};
@@ -253,14 +253,14 @@ impl Attempt<'_> {
         let opened = async {
             certificate(view, &source_identity)?;
             let source = description.source.as_deref().ok_or(Refusal::SourceUnknown)?;
-            let request = head::request(
-                &authority.to_string(),
+            let head = Head {
+                authority: &authority.to_string(),
                 source,
-                &self.worker.config.cluster,
-                description.source_addr,
-                host.as_deref(),
-                &mut rand::rng(),
-            )?;
+                cluster: &self.worker.config.cluster,
+                client: description.source_addr,
+                service_host: host.as_deref(),
+            };
+            let request = head.request(&mut rand::rng())?;
             let target = Target {
                 key: Arc::new(PoolKey {
                     source_identity: source_identity.clone(),

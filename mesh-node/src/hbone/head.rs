@@ -19,22 +19,32 @@ pub const TRACEPARENT: &str = "traceparent";
 /// Longest `forwarded` that is read, bytes: an address, and a name of at most 253.
 const MAX_FORWARDED_BYTES: usize = 1024;
 
-/// A CONNECT to `authority` on behalf of `source`.
-pub fn request(
-    authority: &str,
-    source: &Workload,
-    cluster: &str,
-    client: SocketAddr,
-    service_host: Option<&str>,
-    rng: &mut impl Rng,
-) -> Result<Request<()>, http::Error> {
-    let authority: Uri = authority.parse().map_err(http::Error::from)?;
-    let mut request = Request::builder().method(Method::CONNECT).uri(authority).body(())?;
-    let headers = request.headers_mut();
-    insert(headers, BAGGAGE, &baggage(source, cluster));
-    insert(headers, FORWARDED, &forwarded(client, service_host));
-    insert(headers, TRACEPARENT, &traceparent(rng));
-    Ok(request)
+/// What a CONNECT says.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// Where to.
+    pub authority: &'a str,
+    /// On whose behalf.
+    pub source: &'a Workload,
+    /// Cluster of workloads that do not say.
+    pub cluster: &'a str,
+    /// The client's own address.
+    pub client: SocketAddr,
+    /// Name of the service that it addressed, if it did.
+    pub service_host: Option<&'a str>,
+}
+
+impl Head<'_> {
+    /// The request, with a fresh trace.
+    pub fn request(&self, rng: &mut impl Rng) -> Result<Request<()>, http::Error> {
+        let authority: Uri = self.authority.parse().map_err(http::Error::from)?;
+        let mut request = Request::builder().method(Method::CONNECT).uri(authority).body(())?;
+        let headers = request.headers_mut();
+        insert(headers, BAGGAGE, &baggage(self.source, self.cluster));
+        insert(headers, FORWARDED, &forwarded(self.client, self.service_host));
+        insert(headers, TRACEPARENT, &traceparent(rng));
+        Ok(request)
+    }
 }
 
 /// Sets a header, unless a name from the configuration has characters that HTTP does not allow: telemetry is not worth
