@@ -26,7 +26,7 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 pub const KEEPALIVE_PROBES: u32 = 3;
 /// Source ports for plaintext connections to an application, outside of what kernels hand out by default (32768 and up):
 /// the client's own port is taken by the connection that was captured. A client that itself uses such a port while the
-/// proxy has drawn it for a live connection between the same addresses is not answered, and has to try another.
+/// proxy has drawn it for a live connection between the same addresses gets no connection, and has to try another.
 const SPOOFED_PORTS: std::ops::RangeInclusive<u16> = 1024..=32767;
 /// Ports tried before giving up.
 const SPOOFED_PORT_TRIES: u32 = 16;
