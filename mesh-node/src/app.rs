@@ -284,6 +284,7 @@ fn is_configuration(error: &CaptureError) -> bool {
         CaptureError::Load(_)
         | CaptureError::Program { .. }
         | CaptureError::PortHeld { .. }
+        | CaptureError::NetnsNotFound { .. }
         | CaptureError::MapFull { .. }
         | CaptureError::Io { .. } => false,
     }

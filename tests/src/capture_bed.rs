@@ -209,6 +209,15 @@ impl Drop for Bed {
     }
 }
 
+/// A namespace without a name that no process is in: it lives as long as its descriptor.
+pub fn nameless_netns() -> OwnedFd {
+    let made = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        File::open("/proc/thread-self/ns/net")
+    });
+    made.join().expect("join").expect("a new namespace").into()
+}
+
 /// How often a hook had an outcome.
 pub fn count(capture: &Capture, hook: Hook, reason: Reason) -> u64 {
     let counters = capture.counters().expect("read the counters");

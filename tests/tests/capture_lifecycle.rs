@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -11,11 +12,12 @@ use std::time::Duration;
 
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest};
+use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest, in_netns};
 use mesh_tests::capture_bed::proxy::{Listeners, Mesh, application};
 use mesh_tests::capture_bed::tcp::{connect, local_name};
 use mesh_tests::capture_bed::{
-    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, pod_ip, program_exists, read_line,
+    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, nameless_netns, pod_ip,
+    program_exists, read_line,
 };
 
 /// Where a connection goes if capture has a gap.
@@ -150,6 +152,51 @@ fn a_workload_that_leaves_is_free_again() {
     let listeners = Listeners::open(&mesh.bed, &mesh.bed.pod);
     mesh.bed.enroll(&mesh.capture, &listeners.fds());
     assert_eq!(mesh.capture.adopt().unwrap().len(), 1);
+}
+
+/// Of a workload that a dead proxy enrolled and nobody announced, the next one knows the cookie only.
+#[test]
+fn a_workload_of_which_only_the_cookie_is_known_is_free_again() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mut mesh = Mesh::with(open);
+        mesh.proxy.take().expect("runs").stop();
+        let Mesh { capture, bed, .. } = mesh;
+        drop(capture);
+        let outside = application(&bed, &bed.peer, Group::Outside, &[OUTSIDE]);
+        let next = open(&bed);
+        next.unenroll(bed.pod.cookie(), None).unwrap();
+        assert_eq!(next.adopt().unwrap(), Vec::new());
+        assert!(!bed.pod.ip(&["rule"]).contains("0x53a"));
+        let socket = bed.tcp(&bed.pod, Group::Outside, false);
+        let mut stream = connect(socket, OUTSIDE, PATIENCE).expect("nothing drops it");
+        assert_eq!(read_line(&mut stream).unwrap(), "app");
+        assert_eq!(outside.accepted(), 1);
+    }
+}
+
+/// Nobody is in it, and it has no name: whoever has its descriptor can end its enrolment, or its own end does.
+#[test]
+fn a_workload_that_cannot_be_found_keeps_its_record() {
+    let bed = Bed::new();
+    let nameless = nameless_netns();
+    in_netns(nameless.as_fd(), || {
+        let link = ["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"];
+        assert!(Command::new("ip").args(link).status().expect("ip").success());
+    })
+    .unwrap();
+    let enrolled = bed.capture_by_clsact();
+    let request = EnrollRequest { netns: nameless.as_fd(), ..bed.request(&[]) };
+    let cookie = enrolled.enroll(&request).unwrap_or_else(|e| panic!("{}", chain(&e))).cookie;
+    drop(enrolled);
+    let next = bed.capture_by_clsact();
+    let error = next.unenroll(cookie, None).expect_err("its filters cannot be removed");
+    assert!(matches!(error, CaptureError::NetnsNotFound { cookie: of } if of == cookie), "{error:?}");
+    assert_eq!(next.adopt().unwrap().len(), 1);
+    let pins = next.programs_attached().unwrap().iter().filter(|row| row.name.ends_with("_clsact")).count();
+    assert_eq!(pins, 4, "two programs on two interfaces");
+    drop(nameless);
+    eventually("it is gone, and with it its filters", || next.unenroll(cookie, None).is_ok());
+    assert_eq!(next.adopt().unwrap(), Vec::new());
 }
 
 #[test]

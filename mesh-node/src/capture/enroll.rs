@@ -12,8 +12,8 @@ use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::error::{CaptureError, context};
 use super::guard::Place;
-use super::netns::{Interface, in_netns, interfaces, netns_cookie};
-use super::pins::{InterfacePin, LOOKUP, entries};
+use super::netns::{Interface, find_netns, in_netns, interfaces, netns_cookie};
+use super::pins::{CLSACT_SUFFIX, GATE, InterfacePin, LOOKUP, entries};
 use super::programs::{HOST_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link};
 use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
@@ -104,12 +104,17 @@ impl Capture {
     }
 
     /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and
-    /// clsact filters, and may be left out if the namespace is gone.
+    /// clsact filters; without it the namespace is looked for.
     pub fn unenroll(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), CaptureError> {
+        let found = if netns.is_none() { find_netns(cookie) } else { None };
+        let netns = netns.or(found.as_ref().map(AsFd::as_fd));
         let _no_guard_meanwhile = self.programs();
         let _alone = self.lock()?;
-        self.watches.remove(cookie);
         let directory = self.pins.workload(cookie);
+        if netns.is_none() && has_filters(&directory)? && !is_gone(&directory)? {
+            return Err(CaptureError::NetnsNotFound { cookie });
+        }
+        self.watches.remove(cookie);
         remove_pins(&directory, netns, self.node.as_fd())?;
         let what = || format!("unenrol the workload with cookie {cookie}");
         for family in [libc::AF_INET, libc::AF_INET6] {
@@ -260,6 +265,24 @@ fn refuse_held_ports(uid: &str, sockets: &[TcpSocket], ours: &[Listener<'_>]) ->
         Some(socket) => Err(CaptureError::PortHeld { uid: uid.to_owned(), address: socket.local, owner: socket.uid }),
         None => Ok(()),
     }
+}
+
+/// Whether clsact filters of a workload are to be removed.
+fn has_filters(directory: &Path) -> Result<bool, CaptureError> {
+    let pins = context(entries(directory), || format!("read {}", directory.display()))?;
+    Ok(pins.iter().any(|pin| pin.to_string_lossy().ends_with(CLSACT_SUFFIX)))
+}
+
+/// Whether the namespace of a workload is no more, as one of the links that were attached to it says.
+fn is_gone(directory: &Path) -> Result<bool, CaptureError> {
+    for name in [GATE, LOOKUP] {
+        if let Some(link) = existing_link(&directory.join(name))? {
+            let info = context(sys::link_info(link.as_fd()), || format!("read {}", directory.display()))?;
+            // The low half is the namespace's inode.
+            return Ok(info.target & u64::from(u32::MAX) == 0);
+        }
+    }
+    Ok(false)
 }
 
 /// Detaches all that is pinned for a workload. Returns what it removed.

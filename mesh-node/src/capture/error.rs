@@ -77,6 +77,14 @@ pub enum CaptureError {
         /// Its size.
         entries: u32,
     },
+    /// A workload of which only the cookie is known cannot be released.
+    #[error(
+        "the network namespace with cookie {cookie} is not gone, but no process is in it and it is not mounted at /run/netns: the filters on its interfaces stay until it is found or gone"
+    )]
+    NetnsNotFound {
+        /// Its cookie.
+        cookie: u64,
+    },
     /// Anything else that the kernel refused.
     #[error("{what}")]
     Io {
