@@ -81,8 +81,11 @@ fn on_connect(ctx: &SockOpsContext, note: &Captured) {
     let value = OriginalDst { dst: note.dst, socket_cookie, port: note.port, reserved: 0, slot: note.slot };
     let reason = file(&key, &value);
     if let Reason::Noted = reason {
-        // SAFETY: as above.
-        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
+        // SAFETY: as above. Other programs at this cgroup or below it may have asked for callbacks, too.
+        unsafe {
+            let flags = (*ctx.ops).bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG;
+            bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32);
+        }
     }
     match reason.verdict() {
         Verdict::Pass | Verdict::Proxy => count(Hook::SockOps, reason),

@@ -4,6 +4,7 @@
 //! own in them: [`socket_in`] opens sockets anywhere, and the test uses them itself.
 #![allow(unsafe_code)]
 
+pub mod foreign;
 pub mod nat;
 pub mod netns;
 pub mod packet;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use mesh_ebpf_common::maps;
 use mesh_ebpf_common::outcome::{Hook, Reason};
 use mesh_node::capture::{Capture, CaptureConfig, in_netns};
+use mesh_tests::capture_bed::foreign::RttCounter;
 use mesh_tests::capture_bed::proxy::{Mesh, application, reset};
 use mesh_tests::capture_bed::tcp::{bind, connect, local_name, mapped, peer_name};
 use mesh_tests::capture_bed::{
@@ -290,4 +291,18 @@ fn notes_that_nobody_can_take_any_more_go_with_the_next_enrolment() {
     nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
     bed.enroll(&capture, &[]);
     assert_eq!(notes(&capture), 0);
+}
+
+/// Another program at the workload's cgroup has asked for callbacks, too.
+#[test]
+fn callbacks_that_somebody_else_asked_for_still_come() {
+    let mesh = Mesh::new();
+    let foreign = RttCounter::attach(&mesh.bed.cgroup(Group::App)).expect("attach");
+    let mut stream = mesh.dial(SocketAddr::new(peer_ip(false), 8080)).expect("dial");
+    read_line(&mut stream).unwrap();
+    for _ in 0..5 {
+        stream.write_all(b"echo\n").unwrap();
+        assert_eq!(read_line(&mut stream).unwrap(), "echo");
+    }
+    assert!(foreign.calls().unwrap() > 0, "{}", counts(&mesh.capture));
 }
