@@ -3,7 +3,8 @@
 //! Both end the same way: the destination is checked, the connection is registered, judged, and only then is the
 //! application dialled, with the client's own address.
 
-use std::io;
+mod refused;
+
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -12,9 +13,9 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Method, Request, Response, StatusCode};
-use mesh_core::flow::{InboundFlow, RESERVED_PORTS, Refusal};
+use mesh_core::flow::{InboundFlow, RESERVED_PORTS};
 use mesh_core::identity::SpiffeId;
-use mesh_core::inbound::{InboundRefusal, addressed_service, inbound_target};
+use mesh_core::inbound::{addressed_service, inbound_target};
 use mesh_core::workload::Workload;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
@@ -23,6 +24,7 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use self::refused::{InboundError, Refused};
 use crate::accept;
 use crate::connections::{Carrier, CloseReason, Description, Direction, Registered, Way};
 use crate::dial::{Source, connect_application};
@@ -31,124 +33,13 @@ use crate::hbone::HANDSHAKE_TIMEOUT;
 use crate::hbone::head::{self, BAGGAGE};
 use crate::hbone::server::{self, ResetBudget, ServeError};
 use crate::hbone::windows::Share;
-use crate::identity::{NoCertificate, certificate, has_expired, identity_of};
+use crate::identity::{certificate, has_expired, identity_of};
 use crate::metrics::{ResponseFlags, count};
 use crate::relay::{self, RelayError, Stream, reset_on_close};
 use crate::runtime::{CertifiedIdentity, RootStore, View};
 use crate::tls::{self, PeerProof, PeerRole};
 use crate::wire::TunnelSocket;
 use crate::workers::{Serving, Worker};
-
-/// Why a peer was not served.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    /// We cannot prove who the workload is.
-    #[error("{0}")]
-    NoCertificate(#[from] NoCertificate),
-    /// The configuration of TLS could not be made.
-    #[error("TLS configuration: {0}")]
-    Configuration(#[from] rustls::Error),
-    /// The handshake failed: no certificate, a wrong one, another protocol.
-    #[error("TLS handshake: {0}")]
-    Handshake(#[from] io::Error),
-    /// The handshake took too long.
-    #[error("TLS handshake took longer than {} s", HANDSHAKE_TIMEOUT.as_secs())]
-    Slow,
-    /// It gave way to somebody else.
-    #[error("TLS handshake was stuck while others waited for its place")]
-    Crowd,
-    /// Another protocol inside TLS.
-    #[error("peer does not speak h2")]
-    Protocol,
-    /// The verified certificate has no usable identity.
-    #[error("{0}")]
-    Peer(#[from] tls::PeerRefused),
-}
-
-/// Why a verified or plain connection was not carried.
-#[derive(Debug, thiserror::Error)]
-enum InboundError {
-    /// Not CONNECT.
-    #[error("method {0} is not CONNECT")]
-    Method(Method),
-    /// The destination cannot be served here.
-    #[error("{0}")]
-    Destination(#[from] InboundRefusal),
-    /// The configuration does not know the workload yet.
-    #[error("the configuration does not have this workload yet")]
-    NotConfigured,
-    /// Our certificate has run out since the tunnel was made.
-    #[error("{0}")]
-    NoCertificate(#[from] NoCertificate),
-    /// So has the client's.
-    #[error("certificate of {0}, the client, has expired")]
-    ClientExpired(SpiffeId),
-    /// The workload has too many connections.
-    #[error("the workload has too many connections")]
-    Full,
-    /// Judged.
-    #[error("{0}")]
-    Refused(Refusal),
-    /// Ended from outside while it was set up.
-    #[error("{0}")]
-    Closed(CloseReason),
-    /// The application does not take it.
-    #[error("dial {address}: {source}")]
-    Dial {
-        /// Where to.
-        address: SocketAddr,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The client gave up before the application was reached.
-    #[error("reset by the client before it was connected")]
-    GivenUp,
-}
-
-impl InboundError {
-    /// A verdict on a connection that did not exist before.
-    fn not_admitted(reason: CloseReason) -> Self {
-        match reason {
-            CloseReason::Denied(refusal) => Self::Refused(refusal),
-            reason @ (CloseReason::IdentityWithdrawn(_)
-            | CloseReason::PeerDistrusted(_)
-            | CloseReason::WorkloadStopped
-            | CloseReason::Drained) => Self::Closed(reason),
-        }
-    }
-
-    /// The answer to a CONNECT (ztunnel's: 400 for what cannot be right, 401 for policy, 503 for what may be later).
-    fn status(&self) -> StatusCode {
-        match self {
-            Self::Method(_) | Self::Destination(_) => StatusCode::BAD_REQUEST,
-            Self::Refused(_)
-            | Self::Closed(CloseReason::Denied(_) | CloseReason::PeerDistrusted(_))
-            | Self::ClientExpired(_) => StatusCode::UNAUTHORIZED,
-            Self::NotConfigured
-            | Self::NoCertificate(_)
-            | Self::Full
-            | Self::Closed(_)
-            | Self::Dial { .. }
-            | Self::GivenUp => StatusCode::SERVICE_UNAVAILABLE,
-        }
-    }
-
-    fn flags(&self) -> ResponseFlags {
-        match self {
-            Self::Refused(refusal) | Self::Closed(CloseReason::Denied(refusal)) => refusal.into(),
-            Self::Closed(CloseReason::IdentityWithdrawn(_) | CloseReason::PeerDistrusted(_))
-            | Self::NoCertificate(_)
-            | Self::ClientExpired(_) => ResponseFlags::IdentityError,
-            Self::Method(_)
-            | Self::Destination(_)
-            | Self::NotConfigured
-            | Self::Full
-            | Self::Closed(_)
-            | Self::Dial { .. }
-            | Self::GivenUp => ResponseFlags::Connect,
-        }
-    }
-}
 
 /// How a listener shakes hands.
 #[derive(Debug, Clone)]
