@@ -199,6 +199,8 @@ struct TcpToStream {
     done: bool,
     /// Bytes wait in the socket, but the other end does not take any.
     blocked: bool,
+    /// Capacity of the tunnel is kept for this connection.
+    reserved: bool,
 }
 
 impl TcpToStream {
@@ -212,9 +214,15 @@ impl TcpToStream {
     ) -> Poll<Result<(), RelayError>> {
         loop {
             if !self.blocked {
-                ready!(tcp.poll_read_ready(cx)).map_err(RelayError::Tcp)?;
-                // Only now: capacity is taken from the whole tunnel's window, and an idle connection must not hold any.
+                // Capacity is taken from the whole tunnel's window: an idle connection must not hold any, or a hundred of
+                // them stop the next one.
+                let Poll::Ready(readable) = tcp.poll_read_ready(cx) else {
+                    self.release(send);
+                    return Poll::Pending;
+                };
+                readable.map_err(RelayError::Tcp)?;
                 send.reserve_capacity(READ_BYTES);
+                self.reserved = true;
             }
             self.blocked = send.capacity() == 0;
             while send.capacity() == 0 {
@@ -230,13 +238,19 @@ impl TcpToStream {
                     send.send_data(chunk, false).map_err(RelayError::Stream)?;
                 }
                 Ok(None) => {
-                    send.reserve_capacity(0);
+                    self.release(send);
                     send.send_data(Bytes::new(), true).map_err(RelayError::Stream)?;
                     return Poll::Ready(Ok(()));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => send.reserve_capacity(0),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.release(send),
                 Err(error) => return Poll::Ready(Err(RelayError::Tcp(error))),
             }
+        }
+    }
+
+    fn release(&mut self, send: &mut SendStream<Bytes>) {
+        if std::mem::take(&mut self.reserved) {
+            send.reserve_capacity(0);
         }
     }
 }

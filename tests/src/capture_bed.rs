@@ -214,7 +214,7 @@ impl Drop for Bed {
 pub fn nameless_netns() -> OwnedFd {
     let made = std::thread::spawn(|| {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
-        File::open("/proc/thread-self/ns/net")
+        fs::File::open("/proc/thread-self/ns/net")
     });
     made.join().expect("join").expect("a new namespace").into()
 }
