@@ -180,8 +180,10 @@ fn a_workload_that_cannot_be_found_keeps_its_record() {
     let bed = Bed::new();
     let nameless = nameless_netns();
     in_netns(nameless.as_fd(), || {
-        let link = ["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"];
-        assert!(Command::new("ip").args(link).status().expect("ip").success());
+        let pair = &["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"][..];
+        for link in [pair, &["link", "set", "lo", "up"]] {
+            assert!(Command::new("ip").args(link).status().expect("ip").success());
+        }
     })
     .unwrap();
     let enrolled = bed.capture_by_clsact();
