@@ -24,7 +24,7 @@ pub(crate) const OLDEST: &str = "6.1";
 pub(crate) const NEXT: &str = "6.12";
 
 /// Boot and tests of one kernel; emulation is some ten times slower than the machine itself.
-const LIMIT: Duration = Duration::from_secs(10 * 60);
+const LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Test programs of this name are about the kernel and need nothing else.
 const SUITE: &str = "capture";
 /// What the tests use and Debian builds as modules.

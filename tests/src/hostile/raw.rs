@@ -219,6 +219,7 @@ impl<IO: AsyncRead + AsyncWrite + Send + 'static> Raw<IO> {
     pub async fn wait(&mut self, patience: Duration, is_so: impl Fn(&Seen) -> bool) -> Option<Seen> {
         self.listen();
         let mut seen = self.seen.subscribe();
-        timeout(patience, seen.wait_for(is_so)).await.ok().map(|_| self.seen())
+        // What was found is copied as it is: a second look while the first is held waits for the reader, which waits for it.
+        timeout(patience, seen.wait_for(is_so)).await.ok()?.ok().map(|seen| seen.clone())
     }
 }
