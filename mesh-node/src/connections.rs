@@ -10,18 +10,17 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Context;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use mesh_api::admin::ConnectionRow;
-use mesh_core::authorize::authorize;
-use mesh_core::flow::{InboundFlow, Refusal, Verdict};
-use mesh_core::workload::{Workload, WorkloadUid};
+use mesh_core::workload::WorkloadUid;
 
 pub use self::description::{Carrier, CloseReason, Description, Direction};
 use crate::access_log::{AccessLog, Record};
 use crate::metrics::{Metrics, ResponseFlags, Series, count};
 use crate::runtime::View;
+use crate::view_change::ViewChange;
 
 /// A live connection.
 #[derive(Debug)]
@@ -35,7 +34,12 @@ pub struct Live {
     series: OnceLock<Box<[Arc<Series>]>>,
     closing: OnceLock<CloseReason>,
     waker: AtomicWaker,
+    /// Generation of the view that it was judged by last, or [`NEVER`].
+    judged_by: AtomicU64,
 }
+
+/// No view's generation.
+const NEVER: u64 = u64::MAX;
 
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,17 +103,21 @@ impl Live {
 
     /// Judges it by `view`: why it must not go on, if so.
     pub fn verdict(&self, view: &View) -> Option<CloseReason> {
-        let d = &self.description;
-        if let Some(lost) = d.own_identities().find(|id| !view.certs.contains_key(*id)) {
-            return Some(CloseReason::IdentityWithdrawn(lost.clone()));
-        }
-        if let Some(peer) = d.peer.as_ref().filter(|peer| !peer.holds(&view.roots)) {
-            return Some(CloseReason::PeerDistrusted(peer.id.clone()));
-        }
-        let flow = d.judged.as_ref()?;
-        match judge(view, d.destination.as_deref(), flow) {
-            Verdict::Allow(_) => None,
-            Verdict::Deny(refusal) => Some(CloseReason::Denied(refusal)),
+        self.judged_by.store(view.generation, Ordering::Relaxed);
+        self.description.verdict(view)
+    }
+
+    /// Whether it must be judged by the newer of two views. If not, it counts as judged by it.
+    fn is_open_question(&self, change: &mut ViewChange<'_>) -> bool {
+        match self.judged_by.load(Ordering::Relaxed) {
+            NEVER => true,
+            judged_by if judged_by >= change.new.generation => false,
+            judged_by if judged_by == change.old.generation && !change.concerns(&self.description) => {
+                self.judged_by.store(change.new.generation, Ordering::Relaxed);
+                false
+            }
+            // It came between the two views, and what was the same in both may have been different then.
+            _another_view => true,
         }
     }
 
@@ -142,13 +150,8 @@ impl Live {
     }
 }
 
-/// Authorizes a flow to the workload as the view has it now; a workload that is gone takes nothing.
-pub fn judge(view: &View, destination: Option<&Workload>, flow: &InboundFlow) -> Verdict {
-    match destination.and_then(|workload| view.snapshot.workload(&workload.uid)) {
-        Some(workload) => authorize(&view.snapshot, workload, flow),
-        None => Verdict::Deny(Refusal::UnknownWorkload(flow.destination.ip())),
-    }
-}
+/// How long connections are judged before others have their turn: some thousand verdicts.
+const JUDGE_AT_MOST: Duration = Duration::from_millis(5);
 
 /// Live connections of one worker.
 #[derive(Debug)]
@@ -184,6 +187,7 @@ impl Connections {
             series: OnceLock::new(),
             closing: OnceLock::new(),
             waker: AtomicWaker::new(),
+            judged_by: AtomicU64::new(NEVER),
         });
         let mut entries = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let id = entries.next;
@@ -207,15 +211,29 @@ impl Connections {
         self.all().iter().map(|live| live.row()).collect()
     }
 
-    /// Judges all by `view`, and ends those that are allowed no more.
-    pub fn judge_again(&self, view: &View) {
-        for live in self.all() {
-            if let Some(reason) = live.verdict(view)
+    /// Judges by `new` those that the difference to `old`, by which all were judged, concerns, and ends those that are
+    /// allowed no more. Returns how many were judged. Other tasks have their turn in between.
+    pub async fn judge_again(&self, old: &View, new: &View) -> usize {
+        let concerned = self.concerned(old, new);
+        let mut turn_began = Instant::now();
+        for live in &concerned {
+            if let Some(reason) = live.verdict(new)
                 && live.close(reason)
             {
                 count(&self.metrics.counters.connections_closed_by_change);
             }
+            if turn_began.elapsed() >= JUDGE_AT_MOST {
+                tokio::task::yield_now().await;
+                turn_began = Instant::now();
+            }
         }
+        concerned.len()
+    }
+
+    fn concerned(&self, old: &View, new: &View) -> Vec<Arc<Live>> {
+        let mut change = ViewChange::between(old, new);
+        let entries = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.by_id.values().filter(|live| live.is_open_question(&mut change)).cloned().collect()
     }
 
     /// Ends those of a workload.

@@ -34,6 +34,7 @@ pub mod seqpacket;
 pub mod snapshot_store;
 pub mod supervisor;
 pub mod tls;
+pub mod view_change;
 pub mod wire;
 pub mod workers;
 pub mod xds;

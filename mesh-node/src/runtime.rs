@@ -32,7 +32,7 @@ impl Shared {
 
     /// Replaces the view by one made from it; `next` may run more than once when two writers meet.
     pub fn update(&self, next: impl Fn(&View) -> View) {
-        self.view.rcu(|view| Arc::new(next(view)));
+        self.view.rcu(|view| Arc::new(View { generation: view.generation + 1, ..next(view) }));
     }
 }
 
@@ -49,6 +49,8 @@ pub struct View {
     pub roots: Arc<RootStore>,
     /// The first full synchronisation is done, or a stored snapshot was read.
     pub synced: bool,
+    /// How many views of this process came before it.
+    pub generation: u64,
     /// Enrolment UID to the configuration's workload, and back. Derived.
     workloads: HashMap<WorkloadUid, Arc<Workload>>,
     enrolments: HashMap<WorkloadUid, Arc<Enrolled>>,
@@ -71,7 +73,7 @@ impl View {
                 enrolments.insert(workload.uid.clone(), Arc::clone(pod));
             }
         }
-        Self { snapshot, enrolled, certs, roots, synced, workloads, enrolments }
+        Self { snapshot, enrolled, certs, roots, synced, generation: 0, workloads, enrolments }
     }
 
     /// The same with another configuration.

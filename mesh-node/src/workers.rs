@@ -288,6 +288,7 @@ fn run_thread(
 async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
     let mut serving: BTreeMap<WorkloadUid, Arc<Serving>> = BTreeMap::new();
     let mut seen_view = 0;
+    let mut judged = worker.shared.view.load_full();
     let mut expire = expiry(EXPIRE_EVERY);
     loop {
         let now = desired.borrow_and_update().clone();
@@ -302,8 +303,9 @@ async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
         if now.view != seen_view {
             seen_view = now.view;
             let view = worker.shared.view.load_full();
-            worker.connections.judge_again(&view);
             worker.tunnels.retain_valid(&view);
+            worker.connections.judge_again(&judged, &view).await;
+            judged = view;
         }
         match next_turn(&mut desired, &mut expire).await {
             Turn::Changed => {}

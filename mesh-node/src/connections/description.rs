@@ -3,13 +3,14 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh_core::flow::{InboundFlow, Refusal};
+use mesh_core::authorize::authorize;
+use mesh_core::flow::{InboundFlow, Refusal, Verdict};
 use mesh_core::identity::SpiffeId;
 use mesh_core::service::Service;
 use mesh_core::workload::Workload;
 
 use crate::metrics::{Labels, Party, Reporter, ResponseFlags};
-use crate::runtime::Enrolled;
+use crate::runtime::{Enrolled, View};
 use crate::tls::PeerProof;
 
 /// Who started it, seen from the enrolled workload.
@@ -127,8 +128,23 @@ impl Description {
         }
     }
 
+    /// Judges it by `view`: why such a connection must not be, if so.
+    pub fn verdict(&self, view: &View) -> Option<CloseReason> {
+        if let Some(lost) = self.own_identities().find(|id| !view.certs.contains_key(*id)) {
+            return Some(CloseReason::IdentityWithdrawn(lost.clone()));
+        }
+        if let Some(peer) = self.peer.as_ref().filter(|peer| !peer.holds(&view.roots)) {
+            return Some(CloseReason::PeerDistrusted(peer.id.clone()));
+        }
+        let flow = self.judged.as_ref()?;
+        match judge(view, self.destination.as_deref(), flow) {
+            Verdict::Allow(_) => None,
+            Verdict::Deny(refusal) => Some(CloseReason::Denied(refusal)),
+        }
+    }
+
     /// Identities by which this node takes part.
-    pub(super) fn own_identities(&self) -> impl Iterator<Item = &SpiffeId> {
+    pub fn own_identities(&self) -> impl Iterator<Item = &SpiffeId> {
         let (client, server) = self.identities.as_ref().map(|(c, s)| (c, s)).unzip();
         let (source, destination) = match (self.direction, self.carrier) {
             (_, Carrier::Local) => (client, server),
@@ -136,5 +152,13 @@ impl Description {
             (Direction::Inbound, _) => (None, server),
         };
         source.into_iter().chain(destination)
+    }
+}
+
+/// Authorizes a flow to the workload as the view has it now; a workload that is gone takes nothing.
+fn judge(view: &View, destination: Option<&Workload>, flow: &InboundFlow) -> Verdict {
+    match destination.and_then(|workload| view.snapshot.workload(&workload.uid)) {
+        Some(workload) => authorize(&view.snapshot, workload, flow),
+        None => Verdict::Deny(Refusal::UnknownWorkload(flow.destination.ip())),
     }
 }
