@@ -30,8 +30,8 @@ use crate::control::Control;
 use crate::door::Door;
 use crate::metrics::Metrics;
 use crate::server::{Connection, ServerCertificate, incoming, tls_acceptor};
-use crate::source::Source;
 use crate::source::watch::Watch;
+use crate::source::{Changed, Source};
 use crate::state_dir::{PUBLIC_MODE, StateDir, StateLock, write_atomically};
 use crate::status::{MetricsPages, StatusPages};
 use crate::token::TokenKey;
@@ -162,12 +162,13 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     };
 
     let mut control = blocking(control, |control| control.resume(stored)).await?;
+    let mut changed = Changed::Anything;
     loop {
-        control = blocking(control, Control::step).await?;
+        control = blocking(control, move |control| control.step(&changed)).await?;
         if control.is_published() {
             break;
         }
-        watch.changed().await;
+        changed = watch.changed().await;
     }
     let connections = incoming(listener, tls_acceptor(signer.certificate.clone())?, metrics);
     tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
@@ -241,8 +242,8 @@ const GRPC_TASK: &str = "grpc";
 
 async fn configure(mut control: Control, mut watch: Watch) {
     loop {
-        watch.changed().await;
-        control = match blocking(control, Control::step).await {
+        let changed = watch.changed().await;
+        control = match blocking(control, move |control| control.step(&changed)).await {
             Ok(control) => control,
             Err(error) => {
                 tracing::error!("{error:#}");

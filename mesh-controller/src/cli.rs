@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use crate::app::{self, Options};
 use crate::ca::store::{RotationStage, SignerSource, rotate};
 use crate::door::unix_now;
-use crate::source::Source;
+use crate::source::{Changed, Source};
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
 use crate::{place, problem};
@@ -247,7 +247,7 @@ fn rotate_root(args: &RotateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
-    let batch = Source::directories(args.config_dir).poll();
+    let batch = Source::directories(args.config_dir).poll(&Changed::Anything);
     let compiled = Compiler::new(args.meaning.settings()).compile(&batch.deltas);
     let mut problems = batch.problems;
     problems.extend(place::of_compiler(&compiled.problems));

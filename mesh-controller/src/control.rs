@@ -14,7 +14,7 @@ use crate::ads::catalogue::{Catalogue, ResourceType};
 use crate::last_good::{LastGood, LogError};
 use crate::metrics::{Metrics, TypeLabel};
 use crate::publish::updates;
-use crate::source::{Batch, Source};
+use crate::source::{Batch, Changed, Source};
 use crate::{place, problem};
 
 /// Everything between a source and the streams.
@@ -121,9 +121,9 @@ impl Control {
         self.started && matches!(self.past, Past::Known)
     }
 
-    /// Reads the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.
-    pub fn step(&mut self) {
-        let mut batch = self.source.poll();
+    /// Looks at the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.
+    pub fn step(&mut self, changed: &Changed) {
+        let mut batch = self.source.poll(changed);
         if !batch.deltas.is_empty() || !self.started {
             self.compile(&batch.deltas);
         }

@@ -4,9 +4,11 @@
 //! The set of sources is closed: directories of files now, the Kubernetes API next.
 
 pub mod directory;
+mod listing;
 mod scan;
 pub mod watch;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use mesh_api::admin::Problem;
@@ -19,6 +21,15 @@ use directory::Directories;
 pub enum Source {
     /// `--config-dir`, all of them together.
     Directories(Directories),
+}
+
+/// What may be another than when it was looked at last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Changed {
+    /// Nothing but these files and directories.
+    Paths(BTreeSet<PathBuf>),
+    /// Anything.
+    Anything,
 }
 
 /// What changed since the last batch, and everything that is wrong now.
@@ -45,10 +56,10 @@ impl Source {
         }
     }
 
-    /// Reads everything and says what changed. Blocks on files.
-    pub fn poll(&mut self) -> Batch {
+    /// Looks at what may have changed and says what did. Blocks on files.
+    pub fn poll(&mut self, changed: &Changed) -> Batch {
         match self {
-            Self::Directories(directories) => directories.poll(),
+            Self::Directories(directories) => directories.poll(changed),
         }
     }
 

@@ -4,28 +4,33 @@
 //! document is not YAML at all, because its file may still hold it. An object is removed only when every file that could
 //! hold it was understood and none does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mesh_core::config::{Delta, Object, ObjectKey};
 
-use super::Batch;
-use super::scan::{LIMITS, Limits, Parsed, Scan, scan};
+use super::listing::{LIMITS, Limits};
+use super::scan::{Index, Look};
+use super::{Batch, Changed};
 
 /// The state of a set of configuration directories.
 #[derive(Debug)]
 pub struct Directories {
     dirs: Vec<PathBuf>,
     limits: Limits,
-    parsed: Parsed,
+    index: Index,
     /// Last good version of each object.
-    accepted: BTreeMap<ObjectKey, Object>,
+    accepted: BTreeMap<ObjectKey, Arc<Object>>,
+    /// Keys of those that no file is known to have: each look decides anew whether they are gone.
+    unclaimed: BTreeSet<ObjectKey>,
 }
 
 impl Directories {
     /// Directories in order of precedence; nothing is read yet.
     pub fn new(dirs: Vec<PathBuf>) -> Self {
-        Self { dirs, limits: LIMITS, parsed: Parsed::default(), accepted: BTreeMap::new() }
+        let (accepted, unclaimed) = (BTreeMap::new(), BTreeSet::new());
+        Self { dirs, limits: LIMITS, index: Index::default(), accepted, unclaimed }
     }
 
     /// Their paths.
@@ -35,51 +40,57 @@ impl Directories {
 
     /// Takes over the last good versions of an earlier process.
     pub fn resume(&mut self, objects: Vec<Object>) {
-        self.accepted = objects.into_iter().map(|object| (object.key(), object)).collect();
+        self.accepted = objects.into_iter().map(|object| (object.key(), Arc::new(object))).collect();
+        self.unclaimed = self.accepted.keys().cloned().collect();
     }
 
-    /// Reads all of them.
-    pub fn poll(&mut self) -> Batch {
-        let found = scan(&self.dirs, self.limits, &mut self.parsed);
-        let deltas = step(&self.accepted, &found);
-        for delta in &deltas {
-            match delta {
-                Delta::Upsert(object) => self.accepted.insert(object.key(), object.clone()),
-                Delta::Remove(key) => self.accepted.remove(key),
-            };
+    /// Looks at what may have changed.
+    pub fn poll(&mut self, changed: &Changed) -> Batch {
+        let mut look = self.index.look(&self.dirs, self.limits, changed);
+        let mut affected = std::mem::take(&mut look.affected);
+        affected.append(&mut self.unclaimed);
+        let (mut gone, mut new) = (Vec::new(), Vec::new());
+        for key in affected {
+            match (self.index.first(&key), self.accepted.get(&key)) {
+                (Some(found), accepted) => {
+                    if accepted != Some(found) {
+                        new.push(Delta::Upsert((**found).clone()));
+                    }
+                    self.accepted.insert(key, found.clone());
+                }
+                (None, Some(accepted)) if look.rejected.contains(&key) || may_still_hold(&look, accepted) => {
+                    self.unclaimed.insert(key);
+                }
+                (None, Some(_)) => {
+                    self.accepted.remove(&key);
+                    gone.push(Delta::Remove(key));
+                }
+                (None, None) => {}
+            }
         }
-        Batch { deltas, problems: found.problems, doubtful: !found.doubtful.is_empty() }
+        gone.append(&mut new);
+        Batch { deltas: gone, doubtful: !look.doubts.paths.is_empty(), problems: look.doubts.problems }
     }
-}
-
-fn step(accepted: &BTreeMap<ObjectKey, Object>, found: &Scan) -> Vec<Delta> {
-    let is_gone = |(key, object): &(&ObjectKey, &Object)| {
-        !found.objects.contains_key(*key) && !found.rejected.contains(*key) && !may_still_hold(found, object)
-    };
-    let gone = accepted.iter().filter(is_gone).map(|(key, _)| Delta::Remove(key.clone()));
-    let new = found.objects.iter().filter(|(key, object)| accepted.get(*key) != Some(*object));
-    gone.chain(new.map(|(_, object)| Delta::Upsert(object.clone()))).collect()
 }
 
 /// Whether the object's file, or a directory above it, could not be understood where the object may be.
-fn may_still_hold(found: &Scan, object: &Object) -> bool {
+fn may_still_hold(look: &Look, object: &Object) -> bool {
     let meta = object.meta();
     let file = &meta.origin.file;
+    let doubtful = &look.doubts.paths;
     let is_named = |(f, ns, name): &(_, String, String)| {
         f == file && **name == *meta.name && (meta.namespace.is_empty() || **ns == *meta.namespace)
     };
-    found.doubtful.contains(file)
-        || found.nameless.iter().any(is_named)
-        || found
-            .doubtful
-            .iter()
-            .any(|doubtful| file.strip_prefix(&**doubtful).is_some_and(|rest| rest.starts_with('/')))
+    doubtful.contains(file)
+        || look.nameless.iter().any(is_named)
+        || doubtful.iter().any(|above| file.strip_prefix(&**above).is_some_and(|rest| rest.starts_with('/')))
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::testing::TempDir;
@@ -102,7 +113,7 @@ mod tests {
 
         /// `+Kind ns/name` and `-Kind ns/name`, then `code file:line field`.
         fn poll(&mut self) -> (Vec<String>, Vec<String>) {
-            let batch = self.source.poll();
+            let batch = self.source.poll(&Changed::Anything);
             let deltas = batch.deltas.iter().map(|d| match d {
                 Delta::Upsert(object) => format!("+{}", object.key()),
                 Delta::Remove(key) => format!("-{key}"),
@@ -143,6 +154,98 @@ mod tests {
         files.write("a.yaml", &pod("a", "10.0.0.1"));
         fs::remove_file(files.temp.path().join("sub/c.json")).unwrap();
         files.check(&["-Namespace c", "-Pod default/b"], &[]);
+    }
+
+    #[test]
+    fn only_what_has_changed_is_read_again() {
+        let mut files = Files::new();
+        files.source.limits.settling = Duration::ZERO;
+        files.write("a.yaml", &pod("a", "10.0.0.1"));
+        files.write("b.yaml", &pod("b", "10.0.0.2"));
+        files.check(&["+Pod default/a", "+Pod default/b"], &[]);
+        // Until the clock of the file system has gone on, a change might not show.
+        let end = Instant::now() + Duration::from_secs(20);
+        while files.source.index.read > 0 {
+            assert!(Instant::now() < end, "read again and again");
+            files.check(&[], &[]);
+        }
+        // In place and of the same length; then another file in its place, with the times of the old one.
+        files.write("b.yaml", &pod("b", "10.0.0.3"));
+        files.check(&["+Pod default/b"], &[]);
+        assert_eq!(files.source.index.read, 1);
+        let path = files.temp.path().join("a.yaml");
+        let times = fs::metadata(&path).unwrap().modified().unwrap();
+        files.write(".a.new", &pod("a", "10.0.0.4"));
+        fs::rename(files.temp.path().join(".a.new"), &path).unwrap();
+        fs::File::open(&path).unwrap().set_modified(times).unwrap();
+        files.check(&["+Pod default/a"], &[]);
+    }
+
+    #[test]
+    fn a_change_whose_place_is_known_costs_no_look_at_the_rest() {
+        let mut files = Files::new();
+        let root = files.temp.path().to_owned();
+        let paths = |names: &[&str]| Changed::Paths(names.iter().map(|name| root.join(name)).collect());
+        files.write("a.yaml", &pod("a", "10.0.0.1"));
+        files.write("b.yaml", &pod("b", "10.0.0.2"));
+        files.check(&["+Pod default/a", "+Pod default/b"], &[]);
+        // Both have changed: who looks at one does not see the other.
+        files.write("a.yaml", &pod("a", "10.0.0.3"));
+        files.write("b.yaml", &pod("b", "10.0.0.4"));
+        assert_eq!(files.source.poll(&paths(&["a.yaml", ".a.yaml.swp", "notes.txt"])).deltas.len(), 1);
+        assert_eq!(files.source.index.read, 1);
+        files.check(&["+Pod default/b"], &[]);
+        // A directory is more than can be told from its path.
+        fs::create_dir(root.join("sub")).unwrap();
+        files.write("sub/c.yaml", &pod("c", "10.0.0.5"));
+        assert_eq!(files.source.poll(&paths(&["sub"])).deltas.len(), 1);
+    }
+
+    /// Numbers that are the same in each run.
+    struct Dice(u64);
+
+    impl Dice {
+        fn roll(&mut self, sides: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(self.0 >> 33).unwrap() % sides
+        }
+    }
+
+    #[test]
+    fn who_looks_where_something_changed_knows_what_a_look_at_everything_finds() {
+        let temp = TempDir::new();
+        let root = temp.path().to_owned();
+        let [mut partial, mut whole] = [(); 2].map(|()| Directories::new(vec![root.clone()]));
+        let mut dice = Dice(7);
+        let mut looks_at_paths = 0;
+        let names = ["a.yaml", "b.yaml", "s/a.yaml", "s/c.yml", "s", "s.yaml", "t/x.json", "t", "u.txt", "link.yaml"];
+        for step in 0..600 {
+            let mut changed = BTreeSet::new();
+            for _ in 0..=dice.roll(2) {
+                let [one, other] = [(); 2].map(|()| root.join(names[dice.roll(names.len())]));
+                let objects = pod(["p", "q"][dice.roll(2)], &format!("10.0.0.{}", 1 + dice.roll(9)));
+                // What does not work with what is there is as if it had not been tried.
+                let _ = match dice.roll(9) {
+                    _ if step % 40 > 5 && one.is_symlink() => fs::remove_file(&one),
+                    0..=2 => fs::write(&one, objects),
+                    3 => fs::write(&one, pod("p", "nonsense")),
+                    4 => fs::write(&one, "kind: [\n"),
+                    5 => fs::remove_file(&one).or_else(|_| fs::remove_dir_all(&one)),
+                    6 => fs::rename(&one, &other),
+                    7 => fs::create_dir(&one),
+                    _ if step % 40 < 5 => symlink(&other, &one),
+                    _ => Ok(()),
+                };
+                changed.extend([one, other]);
+            }
+            let before = partial.index.dirs.len();
+            let told = partial.poll(&Changed::Paths(changed));
+            looks_at_paths += usize::from(before > 0);
+            let found = whole.poll(&Changed::Anything);
+            assert_eq!(told, found, "step {step}");
+            assert_eq!(partial.accepted, whole.accepted, "step {step}");
+        }
+        assert!(looks_at_paths > 100, "{looks_at_paths}");
     }
 
     #[test]
@@ -223,6 +326,8 @@ mod tests {
         // The root is the first directory.
         files.source.limits = Limits { dirs: 2, ..LIMITS };
         files.check(&[], &["MESH007 2:0 ", "MESH007 3:0 "]);
+        files.source.limits = Limits { depth: 0, ..LIMITS };
+        files.check(&[], &["MESH007 1:0 ", "MESH007 2:0 ", "MESH007 3:0 "]);
         files.source.limits = Limits { files: 1, ..LIMITS };
         files.check(&[], &["MESH007 2/x.yaml:0 "]);
 

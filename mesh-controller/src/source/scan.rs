@@ -1,11 +1,11 @@
-//! One look at all directories: files, documents, objects, and what is wrong with them.
+//! What all files hold, kept between looks: a look costs the reading of the files that have changed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use mesh_api::admin::Problem;
 use mesh_api::k8s::{Item, Suspect, items};
@@ -13,180 +13,236 @@ use mesh_api::yaml::{MAX_FILE_BYTES, documents};
 use mesh_core::config::{Object, ObjectKey};
 use sha2::{Digest, Sha256};
 
+use super::Changed;
+use super::listing::{self, Doubts, Limits, Listed, Single, Stamp, list, look_at_one};
 use crate::problem;
 
-/// Files of all directories together.
-const MAX_FILES: usize = 100_000;
-/// Directories of all together; they nest at most as deep.
-const MAX_DIRS: usize = 1_000;
-/// What one look may take in.
-pub(super) const LIMITS: Limits = Limits { files: MAX_FILES, dirs: MAX_DIRS };
-/// Names that are read.
-const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
-
-/// What is there now.
+/// What one look found.
 #[derive(Debug, Default)]
-pub(super) struct Scan {
-    /// Objects that may be used. Of several with one key, the one of the first file.
-    pub(super) objects: BTreeMap<ObjectKey, Object>,
+pub(super) struct Look {
+    /// Keys of objects that may be others than at the last look, or gone.
+    pub(super) affected: BTreeSet<ObjectKey>,
     /// Keys of objects that are there and may not be used.
     pub(super) rejected: BTreeSet<ObjectKey>,
     /// Files with objects whose kind could not be recognised, by namespace and name.
     pub(super) nameless: BTreeSet<(Arc<str>, String, String)>,
-    /// Files and directories that may hold anything.
-    pub(super) doubtful: BTreeSet<Arc<str>>,
-    pub(super) problems: Vec<Problem>,
+    /// What is wrong, and what may hold anything.
+    pub(super) doubts: Doubts,
 }
 
-/// Bounds of one look. What lies beyond them is not known to be gone.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) files: usize,
-    pub(super) dirs: usize,
-}
-
-/// What files held when they were last parsed, so that a change of one file costs the parsing of one.
+/// All files and the objects in them.
 #[derive(Debug, Default)]
-pub(super) struct Parsed {
-    files: HashMap<Arc<str>, Arc<Content>>,
+pub(super) struct Index {
+    files: HashMap<Arc<str>, File>,
+    /// Who has an object of a key; the first one counts.
+    claims: HashMap<ObjectKey, Vec<Claim>>,
+    /// Keys with more than one claim.
+    contested: BTreeSet<ObjectKey>,
+    /// Files with objects that may not be used, or with findings.
+    troubled: BTreeSet<Arc<str>>,
+    looks: u64,
+    /// Directories that the last look at everything looked into; none if nothing less than everything will do next time.
+    pub(super) dirs: HashSet<PathBuf>,
+    /// Files that were read in the last look.
+    pub(super) read: usize,
+}
+
+#[derive(Debug)]
+struct File {
+    content: Arc<Content>,
+    stamp: Stamp,
+    /// Whether a change since would show in the stamp.
+    is_settled: bool,
+    /// The last look that it was found in.
+    look: u64,
 }
 
 #[derive(Debug)]
 struct Content {
     digest: [u8; 32],
-    objects: Vec<Object>,
+    objects: Vec<Arc<Object>>,
     rejected: Vec<Suspect>,
     problems: Vec<Problem>,
 }
 
-/// Reads all directories. Files that did not change since the last look are not parsed again.
-pub(super) fn scan(dirs: &[PathBuf], limits: Limits, parsed: &mut Parsed) -> Scan {
-    let mut found = Scan::default();
-    let mut listing = Listing { limits, seen: BTreeSet::new(), paths: Vec::new(), overflowed: false };
-    for dir in dirs {
-        listing.list(dir, &mut found);
+#[derive(Debug)]
+struct Claim {
+    dir: usize,
+    file: Arc<str>,
+    object: Arc<Object>,
+}
+
+impl Index {
+    /// The object of a key that counts.
+    pub(super) fn first(&self, key: &ObjectKey) -> Option<&Arc<Object>> {
+        self.claims.get(key)?.first().map(|claim| &claim.object)
     }
-    let mut files = HashMap::new();
-    for path in listing.paths {
-        let name: Arc<str> = path.display().to_string().into();
-        // One file may be reached by two directories.
-        if files.contains_key(&name) {
-            continue;
+
+    /// Looks at what may have changed.
+    pub(super) fn look(&mut self, dirs: &[PathBuf], limits: Limits, changed: &Changed) -> Look {
+        let mut look = Look::default();
+        // Before anything is looked at: what changes from now on is seen next time.
+        let now = SystemTime::now();
+        self.looks += 1;
+        self.read = 0;
+        let only = match changed {
+            Changed::Paths(paths) => self.single_files(dirs, limits, paths),
+            Changed::Anything => None,
+        };
+        let (files, gone) = match only {
+            Some((files, gone)) => (files, Some(gone)),
+            None => {
+                let Listed { files, dirs, has_links } = list(dirs, limits, &mut look.doubts);
+                self.dirs = if has_links { HashSet::new() } else { dirs };
+                (files, None)
+            }
+        };
+        for file in files {
+            self.read_if_changed(&file, (now, limits.settling), &mut look);
         }
-        match read(&path) {
+        let not_found = || {
+            let old = self.files.iter().filter(|(_, file)| file.look != self.looks);
+            old.map(|(name, _)| name.clone()).collect()
+        };
+        for name in gone.unwrap_or_else(not_found) {
+            if let Some(file) = self.files.remove(&name) {
+                self.withdraw(&name, &file.content, &mut look.affected);
+            }
+        }
+        if !look.doubts.paths.is_empty() {
+            self.dirs.clear();
+        }
+        self.report(&mut look);
+        look
+    }
+
+    /// The files to read and those that are gone, where that can be told from the paths that have changed. It cannot where
+    /// there are links or doubts, nor for directories.
+    fn single_files(
+        &self,
+        dirs: &[PathBuf],
+        limits: Limits,
+        paths: &BTreeSet<PathBuf>,
+    ) -> Option<(Vec<listing::File>, Vec<Arc<str>>)> {
+        let (mut files, mut gone) = (Vec::new(), Vec::new());
+        for path in paths {
+            let dir = dirs.iter().position(|dir| path.starts_with(dir))?;
+            if !self.dirs.contains(path.parent()?) {
+                return None;
+            }
+            match look_at_one(path) {
+                Single::File(stamp) => files.push(listing::File { dir, path: path.clone(), stamp }),
+                Single::Gone if self.dirs.contains(path) => return None,
+                Single::Gone => gone.push(path.to_string_lossy().into()),
+                Single::Ignored => {}
+                Single::Unclear => return None,
+            }
+        }
+        (self.files.len() + files.len() <= limits.files).then_some((files, gone))
+    }
+
+    fn read_if_changed(&mut self, found: &listing::File, (now, settling): (SystemTime, Duration), look: &mut Look) {
+        let name = found.path.to_string_lossy();
+        if let Some(file) = self.files.get_mut(&*name)
+            && (file.look == self.looks || (file.is_settled && file.stamp == found.stamp))
+        {
+            // One file may be reached by two directories.
+            file.look = self.looks;
+            return;
+        }
+        let name: Arc<str> = name.into();
+        self.read += 1;
+        match read(&found.path, found.stamp) {
             Ok(text) => {
-                let content = parse(&name, &text, parsed.files.get(&name));
-                merge(&name, &content, &mut found);
-                files.insert(name, content);
+                let content = parse(&name, &text, self.files.get(&name).map(|file| &file.content));
+                let is_settled = found.stamp.is_settled(now, settling);
+                let file = File { content, stamp: found.stamp, is_settled, look: self.looks };
+                self.put(found.dir, &name, file, &mut look.affected);
+                return;
             }
             // Gone since the directory was listed: as if it had not been there.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => found.unreadable(&path, &e),
+            Err(e) => look.doubts.unreadable(&found.path, &e),
+        }
+        if let Some(file) = self.files.remove(&name) {
+            self.withdraw(&name, &file.content, &mut look.affected);
         }
     }
-    parsed.files = files;
-    found.problems.sort();
-    found
-}
 
-/// The files to read, in an order in which "the first file" means the same each time.
-struct Listing {
-    limits: Limits,
-    /// Device and inode: a directory is read once, by whatever links it is reached.
-    seen: BTreeSet<(u64, u64)>,
-    paths: Vec<PathBuf>,
-    /// There are more files than may be read.
-    overflowed: bool,
-}
+    fn put(&mut self, dir: usize, name: &Arc<str>, file: File, affected: &mut BTreeSet<ObjectKey>) {
+        let content = file.content.clone();
+        let old = self.files.insert(name.clone(), file);
+        if old.as_ref().is_some_and(|old| Arc::ptr_eq(&old.content, &content)) {
+            return;
+        }
+        if let Some(old) = old {
+            self.withdraw(name, &old.content, affected);
+        }
+        if !(content.rejected.is_empty() && content.problems.is_empty()) {
+            self.troubled.insert(name.clone());
+        }
+        for object in &content.objects {
+            let key = object.key();
+            let claims = self.claims.entry(key.clone()).or_default();
+            claims.push(Claim { dir, file: name.clone(), object: object.clone() });
+            if claims.len() > 1 {
+                // Stable: of two in one file the upper one stays before the other.
+                claims.sort_by(|a, b| (a.dir, Path::new(&*a.file)).cmp(&(b.dir, Path::new(&*b.file))));
+                self.contested.insert(key.clone());
+            }
+            affected.insert(key);
+        }
+    }
 
-impl Listing {
-    /// Takes in all files below a directory, sorted. What cannot be looked at may hold anything.
-    fn list(&mut self, dir: &Path, found: &mut Scan) {
-        let entries = match self.entries(dir) {
-            Ok(entries) => entries,
-            Err(NotListed::Overflow) => return found.doubt(dir),
-            Err(NotListed::Bound) => {
-                let message = format!("there are more than {} directories; this one is not read", self.limits.dirs);
-                return found.beyond(dir, message);
-            }
-            Err(NotListed::Failed(e)) => return found.unreadable(dir, &e),
-        };
-        for entry in entries {
-            let (path, name) = (entry.path(), entry.file_name());
-            // Editors' and Kubernetes' own entries; a mounted ConfigMap shows its files as links through `..data`.
-            if name.to_string_lossy().starts_with('.') {
-                continue;
-            }
-            let metadata = match fs::metadata(&path) {
-                Ok(metadata) => metadata,
-                // Gone since the directory was listed. A link that leads nowhere is there, and is reported below.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(&path).is_err() => continue,
-                Err(e) => {
-                    found.unreadable(&path, &e);
-                    continue;
+    /// Takes the claims of a file back.
+    fn withdraw(&mut self, name: &Arc<str>, content: &Content, affected: &mut BTreeSet<ObjectKey>) {
+        self.troubled.remove(name);
+        for object in &content.objects {
+            let key = object.key();
+            if let Some(claims) = self.claims.get_mut(&key) {
+                claims.retain(|claim| claim.file != *name);
+                if claims.len() < 2 {
+                    self.contested.remove(&key);
                 }
-            };
-            if metadata.is_dir() {
-                self.list(&path, found);
-            } else if metadata.is_file() && has_known_extension(&path) {
-                if self.paths.len() == self.limits.files {
-                    self.overflowed = true;
-                    let message =
-                        format!("there are more than {} files; this and later ones are not read", self.limits.files);
-                    found.beyond(&path, message);
-                    // So that what is not known is bounded, too: this directory as a whole, and those that follow.
-                    return found.doubt(dir);
+                if claims.is_empty() {
+                    self.claims.remove(&key);
                 }
-                self.paths.push(path);
+            }
+            affected.insert(key);
+        }
+    }
+
+    /// All that is wrong now, whenever it was found.
+    fn report(&self, look: &mut Look) {
+        for name in &self.troubled {
+            let Some(file) = self.files.get(name) else { continue };
+            look.doubts.problems.extend(file.content.problems.iter().cloned());
+            for suspect in &file.content.rejected {
+                match suspect.clone() {
+                    Suspect::Key(key) => drop(look.rejected.insert(key)),
+                    Suspect::Named { namespace, name: object } => {
+                        look.nameless.insert((name.clone(), namespace, object));
+                    }
+                    Suspect::Unknown => drop(look.doubts.paths.insert(name.clone())),
+                }
             }
         }
-    }
-
-    /// Entries of a directory, sorted; none of one that was read already.
-    fn entries(&mut self, dir: &Path) -> Result<Vec<fs::DirEntry>, NotListed> {
-        if self.overflowed {
-            return Err(NotListed::Overflow);
+        for key in &self.contested {
+            if let Some([first, others @ ..]) = self.claims.get(key).map(Vec::as_slice) {
+                look.doubts.problems.extend(others.iter().map(|other| duplicate(key, &other.object, &first.object)));
+            }
         }
-        let metadata = fs::metadata(dir)?;
-        let identity = (metadata.dev(), metadata.ino());
-        if self.seen.contains(&identity) {
-            return Ok(Vec::new());
-        }
-        if self.seen.len() == self.limits.dirs {
-            return Err(NotListed::Bound);
-        }
-        self.seen.insert(identity);
-        let mut entries = fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()?;
-        entries.sort_by_key(fs::DirEntry::file_name);
-        Ok(entries)
+        look.doubts.problems.sort();
     }
 }
 
-/// Why a directory was not looked into.
-enum NotListed {
-    /// The bound on files was passed before, which is reported already.
-    Overflow,
-    /// The bound on directories.
-    Bound,
-    /// The kernel refused.
-    Failed(io::Error),
-}
-
-impl From<io::Error> for NotListed {
-    fn from(error: io::Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-fn has_known_extension(path: &Path) -> bool {
-    path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e == *known))
-}
-
-fn read(path: &Path) -> io::Result<String> {
-    if fs::metadata(path)?.len() > MAX_FILE_BYTES as u64 {
+fn read(path: &Path, stamp: Stamp) -> io::Result<String> {
+    let limit = MAX_FILE_BYTES as u64;
+    let mut bytes = Vec::with_capacity(usize::try_from(stamp.bytes.min(limit)).unwrap_or(0) + 1);
+    fs::File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() > MAX_FILE_BYTES {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {MAX_FILE_BYTES} bytes")));
     }
-    let bytes = fs::read(path)?;
     String::from_utf8(bytes).map_err(|e| {
         let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
         io::Error::new(io::ErrorKind::InvalidData, format!("not UTF-8 (line {line})"))
@@ -211,7 +267,7 @@ fn parse(name: &Arc<str>, text: &str, last: Option<&Arc<Content>>) -> Arc<Conten
         };
         for item in items(&node, name) {
             match item {
-                Item::Object(object) => content.objects.push(*object),
+                Item::Object(object) => content.objects.push(Arc::new(*object)),
                 Item::Inert(finding) => content.problems.push(problem::about_object(finding, name)),
                 Item::Rejected(finding) => {
                     content.rejected.push(finding.suspect.clone());
@@ -221,28 +277,6 @@ fn parse(name: &Arc<str>, text: &str, last: Option<&Arc<Content>>) -> Arc<Conten
         }
     }
     Arc::new(content)
-}
-
-fn merge(name: &Arc<str>, content: &Content, found: &mut Scan) {
-    found.problems.extend(content.problems.iter().cloned());
-    for suspect in &content.rejected {
-        match suspect.clone() {
-            Suspect::Key(key) => drop(found.rejected.insert(key)),
-            Suspect::Named { namespace, name: object } => {
-                found.nameless.insert((name.clone(), namespace, object));
-            }
-            Suspect::Unknown => drop(found.doubtful.insert(name.clone())),
-        }
-    }
-    for object in &content.objects {
-        let key = object.key();
-        match found.objects.get(&key) {
-            None => {
-                found.objects.insert(key, object.clone());
-            }
-            Some(first) => found.problems.push(duplicate(&key, object, first)),
-        }
-    }
 }
 
 fn duplicate(key: &ObjectKey, second: &Object, first: &Object) -> Problem {
@@ -256,26 +290,5 @@ fn duplicate(key: &ObjectKey, second: &Object, first: &Object) -> Problem {
         field: "metadata.name".into(),
         message: format!("the object is there already, in {}:{}, which stays in force", there.file, there.line),
         hint: "remove one of the two, or rename it".into(),
-    }
-}
-
-impl Scan {
-    fn unreadable(&mut self, path: &Path, error: &io::Error) {
-        let message = format!("cannot be read: {error}");
-        let hint = "what it held before stays in force; check that it exists and its permissions";
-        self.problems.push(problem::about_file(problem::UNREADABLE, &path.display().to_string(), 0, message, hint));
-        self.doubt(path);
-    }
-
-    /// A bound keeps the path from being read.
-    fn beyond(&mut self, path: &Path, message: String) {
-        let hint = "what was read before stays in force; put more objects into one file, or remove what is not needed";
-        self.problems.push(problem::about_file(problem::LIMIT, &path.display().to_string(), 0, message, hint));
-        self.doubt(path);
-    }
-
-    /// Nobody knows what the path holds, and what is below it.
-    fn doubt(&mut self, path: &Path) {
-        self.doubtful.insert(path.display().to_string().into());
     }
 }
