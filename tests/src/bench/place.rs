@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::cpu;
 use super::load::{Outcome, Work};
 use super::peer;
+use super::table::Resident;
 use crate::mesh_bed::page_of;
 
 /// Port of the load server.
@@ -156,6 +157,23 @@ impl Place {
     /// One is gone.
     pub fn proxies_rss_kib(&self) -> Result<u64> {
         self.proxies.iter().flat_map(|(_, pid)| cpu::family(*pid)).map(cpu::rss_kib).sum()
+    }
+
+    /// Resident memory of a node's processes, KiB, mean of the nodes.
+    ///
+    /// # Errors
+    /// One is gone.
+    pub fn resident(&self) -> Result<Resident> {
+        let mut sum = Resident::default();
+        for (_, pid) in &self.proxies {
+            let (first, rest) = (cpu::rss_kib(*pid)?, cpu::family(*pid).into_iter().filter(|child| child != pid));
+            let rest = rest.map(cpu::rss_kib).collect::<Result<Vec<_>>>()?;
+            // Of several processes the first watches over the one that carries connections.
+            let (proxy, supervisor) = if rest.is_empty() { (first, 0) } else { (rest.iter().sum(), first) };
+            sum = Resident { proxy_kib: sum.proxy_kib + proxy, supervisor_kib: sum.supervisor_kib + supervisor };
+        }
+        let nodes = self.proxies.len().max(1) as u64;
+        Ok(Resident { proxy_kib: sum.proxy_kib / nodes, supervisor_kib: sum.supervisor_kib / nodes })
     }
 
     /// Pins all that takes part: everything of the first node to CPU 0, of the second to CPU 1; for work on one node

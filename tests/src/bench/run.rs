@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -13,6 +14,8 @@ use super::table::{Cell, Origin, Row, Table};
 
 /// Length of the load that shows that a mesh is one, seconds.
 const PROOF_SECS: f64 = 0.1;
+/// Processes give back what starting up took.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
 
 /// One row of the matrix.
 #[derive(Debug, Clone, Copy)]
@@ -98,10 +101,11 @@ fn prove_mutual(places: &[(System, Place)]) -> Result<()> {
 }
 
 fn measured(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
-    let idle_rss = places
+    std::thread::sleep(SETTLED_AFTER);
+    let idle = places
         .iter()
         .filter(|(system, _)| *system != System::Direct)
-        .map(|(system, place)| Ok((*system, place.proxies_rss_kib()? / 2)))
+        .map(|(system, place)| Ok((*system, place.resident()?)))
         .collect::<Result<BTreeMap<_, _>>>()?;
     // Before the loads, whose waiting sockets would count too.
     let memory = [Distance::Across, Distance::Same]
@@ -142,7 +146,7 @@ fn measured(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
         origin: Origin::of_this_run(),
         rows,
         memory,
-        idle_rss,
+        idle,
         rounds: plan.rounds,
         secs: plan.secs,
         idle_connections: plan.idle_connections,

@@ -115,6 +115,15 @@ fn said(argv: &[&str]) -> String {
     text.lines().next().map_or_else(|| UNKNOWN.to_owned(), str::to_owned)
 }
 
+/// Resident memory of one node's processes, KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Resident {
+    /// Of the process that carries connections.
+    pub proxy_kib: u64,
+    /// Of the one that watches over it; 0 if there is none.
+    pub supervisor_kib: u64,
+}
+
 /// Everything that a run measured.
 #[derive(Debug, Clone)]
 pub struct Table {
@@ -124,8 +133,8 @@ pub struct Table {
     pub rows: Vec<Row>,
     /// KiB an idle connection, both proxies together.
     pub memory: BTreeMap<(Distance, System), f64>,
-    /// KiB of one node proxy before any load (mean of the two).
-    pub idle_rss: BTreeMap<System, u64>,
+    /// One node's processes before any load.
+    pub idle: BTreeMap<System, Resident>,
     /// Rounds.
     pub rounds: usize,
     /// Seconds of one measurement.
@@ -222,9 +231,18 @@ impl fmt::Display for Table {
                 cell(System::Peer)
             )?;
         }
-        let rss =
-            |s| self.idle_rss.get(&s).map_or_else(|| "-".into(), |kib| format!("{:.1} MiB", *kib as f64 / 1024.0));
-        writeln!(f, "| idle node proxy | {} | {} |", rss(System::Mesh), rss(System::Peer))
+        let idle = |s, kib: fn(&Resident) -> u64| match self.idle.get(&s).map(kib) {
+            None | Some(0) => "-".into(),
+            Some(kib) => format!("{:.1} MiB", kib as f64 / 1024.0),
+        };
+        let [proxy, supervisor]: [fn(&Resident) -> u64; 2] = [|r| r.proxy_kib, |r| r.supervisor_kib];
+        writeln!(f, "| RSS of an idle node proxy | {} | {} |", idle(System::Mesh, proxy), idle(System::Peer, proxy))?;
+        writeln!(
+            f,
+            "| RSS of its supervisor (the same program: most pages are shared) | {} | {} |",
+            idle(System::Mesh, supervisor),
+            idle(System::Peer, supervisor)
+        )
     }
 }
 
