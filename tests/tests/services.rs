@@ -119,6 +119,8 @@ fn only_ready_endpoints_answer_and_changes_count_at_once() {
     for family in [Family::V4, Family::V6] {
         answer(&bed, "client", vip(family), &["web-a", "web-c"]);
         refused(&bed, "client", SocketAddr::new(vip(family).ip(), PORT + 1), "has no port 81");
+        let client = bed.dial("client", vip(family)).unwrap();
+        assert_eq!(client.peer_addr().unwrap(), vip(family), "the client sees what it dialled");
     }
     // Its own address still leads there: readiness is the service's business.
     answer(&bed, "client", SocketAddr::new(bed.address_of("web-b", Family::V4), TARGET), &["web-b"]);

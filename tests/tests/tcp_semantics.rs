@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use mesh_ebpf_common::INNER_MARK;
 use mesh_node::dial::{KEEPALIVE_IDLE, Namespaces, Source, connect_application};
+use mesh_tests::capture_bed::tcp::{connect, mapped};
 use mesh_tests::ends::{
     Ends, Family, Pattern, ROUTES, Route, connections_of, every_route, is_reset, is_reset_without_reading, reset,
 };
-use mesh_tests::mesh_bed::{MeshBed, eventually};
+use mesh_tests::mesh_bed::{MeshBed, PATIENCE, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
@@ -341,6 +342,37 @@ fn both_applications_see_the_addresses_that_they_would_see_without_a_mesh() {
             assert_eq!(server.peer_addr().unwrap().ip(), own, "{what}: the server's getpeername");
         }
     }
+}
+
+/// As Java does it: one socket of IPv6 for both families.
+#[test]
+fn an_ipv6_socket_can_dial_ipv4() {
+    let bed = MeshBed::up("mapped", every_route());
+    for Route { name, from, to } in ROUTES {
+        let listener = bed.listen(to, SocketAddr::new(bed.address_of(to, Family::V4), 0));
+        let target = mapped(listener.address());
+        let client = connect(bed.socket(from, target.ip()), target, PATIENCE).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let server = listener.accept(name);
+        talk(&client, &server, name);
+        let own = bed.address_of(from, Family::V4);
+        assert_eq!(client.peer_addr().unwrap(), target, "{name}: the client's getpeername");
+        assert_eq!(client.local_addr().unwrap().ip(), mapped(SocketAddr::new(own, 0)).ip(), "{name}: its getsockname");
+        assert_eq!(server.peer_addr().unwrap().ip(), own, "{name}: the server's getpeername");
+    }
+}
+
+/// More than one tunnel's streams, in each of the proxy's workers.
+#[test]
+fn hundreds_of_connections_at_once() {
+    const CONNECTIONS: usize = 300;
+    let bed = MeshBed::up("many", every_route());
+    for route in ROUTES {
+        let open: Vec<Ends> = (0..CONNECTIONS).map(|_| bed.ends(route)).collect();
+        for (number, Ends { client, server }) in open.iter().enumerate() {
+            talk(client, server, &format!("{}, connection {number} of {CONNECTIONS}", route.name));
+        }
+    }
+    none_is_left(&bed);
 }
 
 /// From outside it refuses, as without a mesh: loopback is what an application chooses to be alone.
