@@ -115,9 +115,18 @@ pub fn spawn(argv: &[String], env: &[(&str, &str)], place: Place, log: &Path) ->
     Ok(Process { pid, start_ticks, argv: argv.to_vec() })
 }
 
-/// Whether this very process still runs.
+/// Whether this very process still runs. One that is about to end, of which a thread still holds its ports and locks, is
+/// waited for.
 pub fn is_alive(process: &Process) -> bool {
-    stat(process.pid).is_some_and(|s| s.start_ticks == process.start_ticks && s.state != b'Z')
+    let Some(found) = stat(process.pid).filter(|s| s.start_ticks == process.start_ticks) else { return false };
+    if found.state == b'Z' && found.threads > 1 {
+        let end = open_pidfd(process.pid).and_then(|fd| match fd {
+            Some(fd) => wait_end(&fd, Instant::now() + KILLED_WITHIN),
+            None => Ok(true),
+        });
+        return !end.unwrap_or(true);
+    }
+    found.state != b'Z'
 }
 
 /// Sends a signal to this very process; false if it is gone.
@@ -164,17 +173,21 @@ fn reap(pid: i32) {
 }
 
 fn pidfd(process: &Process) -> Result<Option<OwnedFd>> {
+    // The descriptor pins the process; compared after it was opened, the start time cannot be of another one.
+    Ok(open_pidfd(process.pid)?.filter(|_| is_alive(process)))
+}
+
+/// `None` if there is no such process.
+fn open_pidfd(pid: i32) -> Result<Option<OwnedFd>> {
     // SAFETY: plain system call with integers; the result is checked before it is owned.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, process.pid, 0) };
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::ESRCH) { Ok(None) } else { Err(error).context("pidfd_open") };
     }
     let fd = i32::try_from(fd).context("descriptor")?;
     // SAFETY: the kernel just returned this descriptor to us.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // The descriptor pins the process; compared after it was opened, the start time cannot be of another one.
-    Ok(is_alive(process).then_some(fd))
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 fn send(pidfd: &OwnedFd, signal: Signal) -> Result<bool> {
@@ -205,6 +218,8 @@ fn wait_end(pidfd: &OwnedFd, deadline: Instant) -> Result<bool> {
 
 struct Stat {
     state: u8,
+    /// Those that have not ended; the first stays, as a zombie, until all others have.
+    threads: u32,
     start_ticks: u64,
 }
 
@@ -212,14 +227,15 @@ fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// proc(5): the command name is in parentheses and may hold anything; state is the first field behind it, start time
-/// the 20th.
+/// proc(5): the command name is in parentheses and may hold anything; state is the first field behind it, the
+/// number of threads the 18th, start time the 20th.
 fn parse_stat(text: &str) -> Option<Stat> {
     let rest = &text[text.rfind(')')? + 1..];
     let mut fields = rest.split_ascii_whitespace();
     let state = *fields.next()?.as_bytes().first()?;
-    let start_ticks = fields.nth(18)?.parse().ok()?;
-    Some(Stat { state, start_ticks })
+    let threads = fields.nth(16)?.parse().ok()?;
+    let start_ticks = fields.nth(1)?.parse().ok()?;
+    Some(Stat { state, threads, start_ticks })
 }
 
 /// Whether a process of this network namespace listens on a TCP port, read from `/proc/PID/net`.
@@ -247,9 +263,9 @@ mod tests {
 
     #[test]
     fn a_command_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
-        let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 1 1";
+        let text = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 3 0 987654 1 1";
         let stat = parse_stat(text).unwrap();
-        assert_eq!((stat.state, stat.start_ticks), (b'S', 987_654));
+        assert_eq!((stat.state, stat.threads, stat.start_ticks), (b'S', 3, 987_654));
         assert!(parse_stat("42 (x").is_none());
     }
 
