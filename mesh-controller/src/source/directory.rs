@@ -228,6 +228,7 @@ mod tests {
                 let _ = match dice.roll(9) {
                     _ if step % 40 > 5 && one.is_symlink() => fs::remove_file(&one),
                     0..=2 => fs::write(&one, objects),
+                    3 if dice.roll(2) == 0 => fs::write(&one, [0xff, 0xfe]),
                     3 => fs::write(&one, pod("p", "nonsense")),
                     4 => fs::write(&one, "kind: [\n"),
                     5 => fs::remove_file(&one).or_else(|_| fs::remove_dir_all(&one)),
@@ -244,6 +245,9 @@ mod tests {
             let found = whole.poll(&Changed::Anything);
             assert_eq!(told, found, "step {step}");
             assert_eq!(partial.accepted, whole.accepted, "step {step}");
+            // Somebody was woken for nothing: what cannot be read stays in force.
+            let again = partial.poll(&Changed::Paths(BTreeSet::new()));
+            assert_eq!((again.deltas.len(), again.problems), (0, found.problems), "step {step}");
         }
         assert!(looks_at_paths > 100, "{looks_at_paths}");
     }

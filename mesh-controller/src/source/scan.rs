@@ -124,6 +124,10 @@ impl Index {
         limits: Limits,
         paths: &BTreeSet<PathBuf>,
     ) -> Option<(Vec<listing::File>, Vec<Arc<str>>)> {
+        // Also for no paths at all: what could not be read must be found unreadable again, or it would count as gone.
+        if self.dirs.is_empty() {
+            return None;
+        }
         let (mut files, mut gone) = (Vec::new(), Vec::new());
         for path in paths {
             let dir = dirs.iter().position(|dir| path.starts_with(dir))?;
