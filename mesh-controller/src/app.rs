@@ -23,7 +23,7 @@ use tonic::transport::Server;
 
 use crate::admin::{self, Listener};
 use crate::ads::service::{self as ads, Ads};
-use crate::ca::authority::{Authority, MAX_LEAF_TTL};
+use crate::ca::authority::{Authority, MAX_LEAF_TTL, SignerPem};
 use crate::ca::service::{self as ca, CertificateService, Config, IssueSettings};
 use crate::ca::store::SignerSource;
 use crate::control::Control;
@@ -284,14 +284,15 @@ impl Running {
 struct Signer {
     source: SignerSource,
     dir: StateDir,
-    trust_domain: String,
     names: Vec<String>,
     ttl: time::Duration,
     authority: Arc<ArcSwap<Authority>>,
     certificate: Arc<ServerCertificate>,
     renew_at: OffsetDateTime,
-    /// What the files held when they were last looked at; none when they could not be read.
-    seen: Option<crate::ca::authority::SignerPem>,
+    /// What the files held from which the signer in force was made.
+    in_force: SignerPem,
+    /// What was last said about files that do not make a signer.
+    complained: Option<String>,
 }
 
 impl Signer {
@@ -300,9 +301,10 @@ impl Signer {
             Some(plugged) => SignerSource::Plugged(plugged.clone()),
             None => SignerSource::Own(dir.ca()),
         };
-        let trust_domain = options.settings.trust_domain.to_string();
         let now = OffsetDateTime::now_utc();
-        let authority = source.load(&trust_domain, now, &mut rand::rng())?;
+        source.make_at_first_use(&options.settings.trust_domain, now, &mut rand::rng())?;
+        let in_force = source.read()?;
+        let authority = source.authority(&in_force, now)?;
         let mut names: Vec<String> = SERVER_NAMES.map(str::to_owned).into();
         names.push("::1".into());
         if !options.listen.ip().is_unspecified() {
@@ -312,10 +314,10 @@ impl Signer {
         names.sort();
         names.dedup();
         let mut signer = Self {
-            seen: source.read().ok(),
+            in_force,
+            complained: None,
             source,
             dir,
-            trust_domain,
             names,
             ttl,
             authority: Arc::new(ArcSwap::from_pointee(authority)),
@@ -348,24 +350,33 @@ impl Signer {
         }
     }
 
-    /// Whether there is another signer now. Files that do not make one are reported once and left alone.
+    /// Whether there is another signer now. Files that do not make one are tried again, because that may be a matter of
+    /// time; what is wrong is said once.
     fn reload(&mut self, now: OffsetDateTime) -> bool {
-        let found = self.source.read().ok();
-        if found == self.seen {
-            return false;
-        }
-        self.seen = found;
-        match self.source.load(&self.trust_domain, now, &mut rand::rng()) {
-            Ok(authority) => {
+        let found = self.source.read().and_then(|pem| match pem == self.in_force {
+            true => Ok(None),
+            false => Ok(Some((self.source.authority(&pem, now)?, pem))),
+        });
+        match found {
+            Ok(None) => {
+                self.complained = None;
+                false
+            }
+            Ok(Some((authority, pem))) => {
                 tracing::info!(roots = authority.roots().len(), not_after = %authority.not_after(), "signer replaced");
                 self.authority.store(Arc::new(authority));
+                (self.in_force, self.complained) = (pem, None);
                 if let Err(error) = self.publish_roots() {
                     tracing::error!("{error:#}");
                 }
                 true
             }
             Err(error) => {
-                tracing::error!("the signer's files changed and cannot be used, the last ones stay in force: {error}");
+                let complaint = error.to_string();
+                if self.complained.as_ref() != Some(&complaint) {
+                    tracing::error!("the signer's files cannot be used, the last ones stay in force: {complaint}");
+                    self.complained = Some(complaint);
+                }
                 false
             }
         }

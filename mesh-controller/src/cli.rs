@@ -226,17 +226,29 @@ fn log_to_stderr(format: LogFormat) {
 }
 
 fn token(args: &TokenArgs) -> anyhow::Result<ExitCode> {
-    let key = TokenKey::open(&StateDir::open(&args.state_dir)?)?;
+    let dir = StateDir::open(&args.state_dir)?;
+    if !TokenKey::exists(&dir) {
+        let place = args.state_dir.display();
+        eprintln!("made a new key in {place}: only a controller that runs with this state directory takes the token");
+    }
+    let key = TokenKey::open(&dir)?;
     println!("{}", key.issue(&args.node, unix_now(), args.ttl.as_secs())?);
     Ok(ExitCode::SUCCESS)
 }
 
 fn rotate_root(args: &RotateArgs) -> anyhow::Result<ExitCode> {
+    if !args.state_dir.is_dir() {
+        anyhow::bail!(
+            "{}: there is no state directory of a controller; name it with --state-dir",
+            args.state_dir.display()
+        );
+    }
     let dir = StateDir::open(&args.state_dir)?;
     let now = OffsetDateTime::now_utc();
     let done = rotate(&dir, args.stage, &args.trust_domain, now, &mut rand::rng())?;
     // What a running controller publishes within seconds, for one that is not running.
-    let authority = SignerSource::Own(dir.ca()).load(&args.trust_domain, now, &mut rand::rng())?;
+    let source = SignerSource::Own(dir.ca());
+    let authority = source.authority(&source.read()?, now)?;
     crate::state_dir::write_atomically(
         &dir.root_cert(),
         authority.bundle_pem().as_bytes(),

@@ -111,10 +111,13 @@ pub enum TokenKeyError {
     Ttl,
 }
 
+/// Name of the signing key's file.
+const KEY: &str = "key.pem";
+
 impl TokenKey {
     /// Reads the key of the state directory; makes one at first use.
     pub fn open(dir: &StateDir) -> Result<Self, TokenKeyError> {
-        let path = dir.token().join("key.pem");
+        let path = dir.token().join(KEY);
         if !path.exists() {
             let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(TokenKeyError::Generate)?;
             create_exclusively(&path, key.serialize_pem().as_bytes(), PRIVATE_MODE)?;
@@ -131,6 +134,11 @@ impl TokenKey {
         let encoding = EncodingKey::from_ec_pem(key.serialize_pem().as_bytes()).map_err(|_| refuse())?;
         let decoding = DecodingKey::from_ec_pem(key.public_key_pem().as_bytes()).map_err(|_| refuse())?;
         Ok(Self { encoding, decoding })
+    }
+
+    /// Whether a state directory has a key already.
+    pub fn exists(dir: &StateDir) -> bool {
+        dir.token().join(KEY).exists()
     }
 
     /// A token for a node. `now` in Unix seconds.

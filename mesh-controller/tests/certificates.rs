@@ -226,6 +226,25 @@ async fn a_leaf_ends_with_its_plugged_signer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_signer_whose_files_are_away_for_a_while_stays_in_force() {
+    let mesh = mesh().await;
+    let (ca, away) = (mesh.state_dir().join("ca"), mesh.state_dir().join("away"));
+    let old = mesh.roots();
+    fs::rename(&ca, &away).unwrap();
+    fs::create_dir(&ca).unwrap();
+    // Longer than it takes to notice.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(fs::read_dir(&ca).unwrap().count(), 0, "another signer was made");
+    let response = mesh.sign(&mesh.token("node-a"), Some(WEB), &csr(&p256(), &[WEB])).await.unwrap();
+    verifies(&response, &old).unwrap();
+    // As while a copy is under way: one file, and not the other.
+    fs::copy(away.join("root-cert.pem"), ca.join("root-cert.pem")).unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(fs::read_dir(&ca).unwrap().count(), 1, "another signer was made");
+    assert_eq!(mesh.roots(), old);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_root_is_rotated_under_a_running_mesh() {
     let mesh = mesh().await;
     let dir = StateDir::open(&mesh.state_dir()).unwrap();

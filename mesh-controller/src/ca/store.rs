@@ -55,23 +55,28 @@ pub enum SignerError {
 }
 
 impl SignerSource {
-    /// Reads the signer; makes a root at first use of an own one.
-    pub fn load(
+    /// Makes a root at the first use of an own signer. For the start of a controller only: one that runs and misses its
+    /// signer's files must not put another root in their place.
+    pub fn make_at_first_use(
         &self,
         trust_domain: &str,
         now: OffsetDateTime,
         rng: &mut impl RngCore,
-    ) -> Result<Authority, SignerError> {
-        if let Self::Own(dir) = self {
-            ensure_root(dir, trust_domain, now, rng)?;
+    ) -> Result<(), SignerError> {
+        match self {
+            Self::Own(dir) => ensure_root(dir, trust_domain, now, rng),
+            Self::Plugged(_) => Ok(()),
         }
-        let dir = self.dir();
-        Authority::from_pem(&read_signer(dir)?, now).map_err(|source| in_dir(dir, source))
     }
 
-    /// The files as they are now, to see whether they changed.
+    /// The files as they are now.
     pub fn read(&self) -> Result<SignerPem, SignerError> {
         Ok(read_signer(self.dir())?)
+    }
+
+    /// The signer that these files make.
+    pub fn authority(&self, pem: &SignerPem, now: OffsetDateTime) -> Result<Authority, SignerError> {
+        Authority::from_pem(pem, now).map_err(|source| in_dir(self.dir(), source))
     }
 
     fn dir(&self) -> &Path {
@@ -189,7 +194,9 @@ mod tests {
 
     fn load(dir: &StateDir) -> Authority {
         let source = SignerSource::Own(dir.ca());
-        source.load("cluster.local", OffsetDateTime::now_utc(), &mut StdRng::seed_from_u64(1)).unwrap()
+        let now = OffsetDateTime::now_utc();
+        source.make_at_first_use("cluster.local", now, &mut StdRng::seed_from_u64(1)).unwrap();
+        source.authority(&source.read().unwrap(), now).unwrap()
     }
 
     #[test]
