@@ -32,7 +32,6 @@ use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
 use crate::logging::LogHandle;
 use crate::readiness::{self, Readiness};
 use crate::runtime::{OriginalDst, Shared};
-use crate::snapshot_store::Storage;
 use crate::supervisor::client::{Kept, StoreClient};
 use crate::supervisor::{EXIT_CONFIG, process};
 use crate::workers::DataPath;
@@ -95,7 +94,7 @@ async fn run(config: &Config, log: LogHandle) -> anyhow::Result<()> {
 struct App {
     datapath: Arc<DataPath>,
     tasks: JoinSet<&'static str>,
-    /// Ends what must not meet the next proxy: enrolment, storing, and accepting on ports that the next one has too.
+    /// Ends what must not meet the next proxy: enrolment, and accepting on ports that the next one has too.
     hand_on: CancellationToken,
     /// Ends the rest.
     end: CancellationToken,
@@ -123,7 +122,7 @@ impl App {
         let hand_on = CancellationToken::new();
         let (xds, xds_status) = XdsClient::new(
             controller.clone(),
-            Storage { dir: config.state_dir.clone(), handed_on: hand_on.clone() },
+            config.state_dir.clone(),
             Arc::clone(&shared),
             Arc::clone(&changed),
             XdsMetrics::register(&mut registry),

@@ -1,13 +1,14 @@
 //! The last good configuration on disk, so that a restart without a controller decides as before.
 //!
-//! One file, replaced as a whole: a line with format, checksum and length, then the resources as they go over the wire.
+//! One file, replaced as a whole: a line with format, turn, checksum and length, then the resources as they go over the wire.
 //! A file that does not check out is refused as a whole: without one of its policies it would let in too much. While one
-//! proxy takes over from another there are two writers, so each write has a file of its own until it is whole.
+//! proxy takes over from another there are two writers, so each write has a file of its own until it is whole. What the
+//! next one wrote is newer: processes take turns, each a higher one than it found, and nobody writes over a higher one.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,12 +19,11 @@ use mesh_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use mesh_core::snapshot::{Change, Snapshot};
 use prost::Message;
 use sha2::{Digest, Sha256};
-use tokio_util::sync::CancellationToken;
 
 /// Name of the file in the state directory.
 const FILE: &str = "snapshot";
 /// First word of the file; another version of the format gets another one.
-const FORMAT: &str = "mesh-snapshot-1";
+const FORMAT: &str = "mesh-snapshot-2";
 /// End of the name of a file that is being written.
 const UNFINISHED: &str = ".new";
 /// An unfinished file that was not written to for so long is nobody's any more: a write takes less than a second.
@@ -45,19 +45,26 @@ pub struct Stored {
     pub versions: [Versions; 2],
 }
 
-/// Where a process stores, as long as it is the one that serves.
+/// Where a process stores.
 #[derive(Debug, Clone)]
 pub struct Storage {
     /// The state directory.
     pub dir: PathBuf,
-    /// From here on another process stores there; what we have may be older.
-    pub handed_on: CancellationToken,
+    turn: u64,
 }
 
 impl Storage {
-    /// As [`save`], unless another process has taken over.
+    /// Takes the next turn in a state directory, and reads what the last one stored.
+    pub fn open(dir: PathBuf) -> (Self, Result<Option<Stored>, StoreError>) {
+        // Also of a damaged one, which is to be replaced.
+        let last = turn_of(&dir.join(FILE)).unwrap_or(0);
+        let stored = load(&dir);
+        (Self { dir, turn: last.saturating_add(1) }, stored)
+    }
+
+    /// As [`save`].
     pub fn save(&self, snapshot: &Snapshot, versions: &[Versions; 2]) -> io::Result<()> {
-        if self.handed_on.is_cancelled() { Ok(()) } else { save(&self.dir, snapshot, versions) }
+        save(&self.dir, self.turn, snapshot, versions)
     }
 }
 
@@ -127,14 +134,15 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Stored, StoreError> {
     if words.next() != Some(FORMAT) {
         return Err(format());
     }
-    let (Some(checksum), Some(length), None) = (words.next(), words.next(), words.next()) else {
+    let turn = words.next().and_then(|word| word.parse().ok());
+    let (Some(turn), Some(checksum), Some(length), None) = (turn, words.next(), words.next(), words.next()) else {
         return Err(damaged("its first line is not complete"));
     };
     let body = &bytes[end + 1..];
     if length.parse() != Ok(body.len()) {
         return Err(damaged("it is cut short or has something appended"));
     }
-    if hex(&Sha256::digest(body)) != checksum {
+    if checksum_of(turn, body) != checksum {
         return Err(damaged("its checksum does not match"));
     }
     let mut stored = Stored::default();
@@ -154,22 +162,36 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Stored, StoreError> {
     Ok(stored)
 }
 
-/// Writes a configuration in place of the last one. Atomic: a crash leaves the old file or the new one. Blocks.
-pub fn save(state_dir: &Path, snapshot: &Snapshot, versions: &[Versions; 2]) -> io::Result<()> {
+/// Writes a configuration in place of the last one, unless that is of a later turn. Atomic: a crash leaves the old file or
+/// the new one. Blocks.
+pub fn save(state_dir: &Path, turn: u64, snapshot: &Snapshot, versions: &[Versions; 2]) -> io::Result<()> {
     let body = encode(snapshot, versions);
-    let new = state_dir.join(format!("{FILE}.{:016x}{UNFINISHED}", rand::random::<u64>()));
-    let written = write(&new, &body).and_then(|()| fs::rename(&new, state_dir.join(FILE)));
+    let (new, file) =
+        (state_dir.join(format!("{FILE}.{:016x}{UNFINISHED}", rand::random::<u64>())), state_dir.join(FILE));
+    let directory = File::open(state_dir)?;
+    let written = write(&new, turn, &body).and_then(|()| {
+        // Until it is closed: between the look at the last one and its replacement nobody else may replace it.
+        directory.lock()?;
+        if turn_of(&file).is_some_and(|last| last > turn) { fs::remove_file(&new) } else { fs::rename(&new, &file) }
+    });
     if let Err(error) = written {
         // It may not even be there; the first error is what there is to say.
         let _ = fs::remove_file(&new);
         return Err(error);
     }
-    File::open(state_dir)?.sync_all()
+    directory.sync_all()
 }
 
-fn write(path: &Path, body: &[u8]) -> io::Result<()> {
+/// The turn of a stored configuration; none if there is none, or no whole first line.
+fn turn_of(file: &Path) -> Option<u64> {
+    let mut header = String::new();
+    BufReader::new(File::open(file).ok()?.take(MAX_HEADER_BYTES as u64)).read_line(&mut header).ok()?;
+    header.strip_prefix(FORMAT)?.split_ascii_whitespace().next()?.parse().ok()
+}
+
+fn write(path: &Path, turn: u64, body: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    writeln!(file, "{FORMAT} {} {}", hex(&Sha256::digest(body)), body.len())?;
+    writeln!(file, "{FORMAT} {turn} {} {}", checksum_of(turn, body), body.len())?;
     file.write_all(body)?;
     file.sync_all()
 }
@@ -206,6 +228,10 @@ fn encode(snapshot: &Snapshot, versions: &[Versions; 2]) -> Vec<u8> {
         let _ = resource.encode_length_delimited(&mut body);
     }
     body
+}
+
+fn checksum_of(turn: u64, body: &[u8]) -> String {
+    hex(&Sha256::new().chain_update(turn.to_be_bytes()).chain_update(body).finalize())
 }
 
 fn hex(bytes: &[u8]) -> String {

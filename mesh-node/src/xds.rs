@@ -7,6 +7,7 @@ mod held;
 
 mod metrics;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use tonic::{Request, Streaming};
 pub use self::metrics::{Termination, XdsMetrics};
 use crate::controller::{ControllerConfig, FileError, explain};
 use crate::runtime::Shared;
-use crate::snapshot_store::{self, Storage, type_index};
+use crate::snapshot_store::{Storage, type_index};
 
 use held::{Accepted, Held};
 
@@ -132,12 +133,13 @@ impl XdsClient {
     /// A client that begins with what was stored, which is put in force at once.
     pub fn new(
         controller: ControllerConfig,
-        storage: Storage,
+        state_dir: PathBuf,
         shared: Arc<Shared>,
         changed: Changed,
         metrics: XdsMetrics,
     ) -> (Self, watch::Receiver<XdsStatus>) {
-        let stored = snapshot_store::load(&storage.dir).unwrap_or_else(|error| {
+        let (storage, stored) = Storage::open(state_dir);
+        let stored = stored.unwrap_or_else(|error| {
             tracing::warn!(%error, "stored configuration cannot be used");
             None
         });

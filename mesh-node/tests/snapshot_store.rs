@@ -14,7 +14,6 @@ use mesh_core::policy::{Action, Policy, PolicyName, PolicyScope};
 use mesh_core::snapshot::{Change, Snapshot};
 use mesh_node::snapshot_store::{Storage, StoreError, load, save};
 use prost::Message;
-use tokio_util::sync::CancellationToken;
 
 /// Where the process that is killed writes.
 const DIR: &str = "MESH_TEST_SNAPSHOT_DIR";
@@ -85,7 +84,7 @@ fn write_until_killed(dir: &Path) -> ! {
     let snapshots = ["node-a", "node-b"].map(|node| snapshot(MANY, node));
     loop {
         for snapshot in &snapshots {
-            save(dir, snapshot, &Default::default()).unwrap();
+            save(dir, 1, snapshot, &Default::default()).unwrap();
         }
     }
 }
@@ -104,7 +103,7 @@ fn two_writers_at_once_leave_one_of_both_whole() {
         std::thread::spawn(move || {
             let snapshot = snapshot(MANY, node);
             for _ in 0..20 {
-                save(&dir, &snapshot, &Default::default()).unwrap();
+                save(&dir, 1, &snapshot, &Default::default()).unwrap();
             }
         })
     };
@@ -124,15 +123,22 @@ fn two_writers_at_once_leave_one_of_both_whole() {
 }
 
 #[test]
-fn a_process_that_handed_on_leaves_what_its_successor_stored() {
-    let dir = TempDir::new("handed");
-    let handed_on = CancellationToken::new();
-    let predecessor = Storage { dir: dir.0.clone(), handed_on: handed_on.clone() };
+fn what_a_successor_stored_stays() {
+    let dir = TempDir::new("turns");
+    let (predecessor, nothing) = Storage::open(dir.0.clone());
+    assert!(nothing.unwrap().is_none());
     predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
-    handed_on.cancel();
-    save(&dir.0, &snapshot(4, "node-b"), &Default::default()).unwrap();
+    let (successor, found) = Storage::open(dir.0.clone());
+    assert_eq!(found.unwrap().unwrap().changes.len(), 4);
+    // It goes on for as long as nobody else has stored: the next one may fail.
+    predecessor.save(&snapshot(2, "node-a"), &Default::default()).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-a".to_owned()], 2, 1));
+    successor.save(&snapshot(4, "node-b"), &Default::default()).unwrap();
     predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
     assert_eq!(read(&dir.0), (vec!["node-b".to_owned()], 4, 1));
+    successor.save(&snapshot(5, "node-b"), &Default::default()).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-b".to_owned()], 5, 1));
+    assert!(unfinished(&dir.0).is_empty());
 }
 
 #[test]
@@ -154,7 +160,7 @@ fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
         write_until_killed(Path::new(&dir));
     }
     let dir = TempDir::new("killed");
-    save(&dir.0, &snapshot(MANY, "node-a"), &Default::default()).unwrap();
+    save(&dir.0, 1, &snapshot(MANY, "node-a"), &Default::default()).unwrap();
     let mut cut_short = 0;
     for kill in 0..KILLS {
         unfinished(&dir.0).iter().for_each(|half| fs::remove_file(half).unwrap());
@@ -182,14 +188,14 @@ fn a_writer_killed_at_any_moment_leaves_a_whole_configuration() {
     }
     assert!(cut_short > 0, "no kill came between the beginning and the end of a write");
     println!("{cut_short} of {KILLS} kills left an unfinished file beside the whole one");
-    save(&dir.0, &snapshot(3, "node-c"), &Default::default()).unwrap();
+    save(&dir.0, 1, &snapshot(3, "node-c"), &Default::default()).unwrap();
     assert_eq!(read(&dir.0), (vec!["node-c".to_owned()], 3, 1), "what a kill left does not disturb the next writer");
 }
 
 #[test]
 fn every_flipped_bit_and_every_cut_is_noticed() {
     let dir = TempDir::new("damaged");
-    save(&dir.0, &snapshot(3, "node-a"), &Default::default()).unwrap();
+    save(&dir.0, 1, &snapshot(3, "node-a"), &Default::default()).unwrap();
     let good = fs::read(dir.file()).unwrap();
     let refused = |bytes: &[u8], what: &str| {
         fs::write(dir.file(), bytes).unwrap();
@@ -208,10 +214,14 @@ fn every_flipped_bit_and_every_cut_is_noticed() {
     }
     refused(&[&good[..], b"x"].concat(), "one byte more");
     refused(&[&good[..], &good[..]].concat(), "twice");
-    let newer = [b"mesh-snapshot-2", good.strip_prefix(b"mesh-snapshot-1").unwrap()].concat();
+    let newer = [b"mesh-snapshot-9", good.strip_prefix(b"mesh-snapshot-2").unwrap()].concat();
     let said = refused(&newer, "another version");
-    assert!(said.contains("not of the format mesh-snapshot-1") && said.contains("/snapshot"), "{said}");
-    fs::write(dir.file(), &good).unwrap();
+    assert!(said.contains("not of the format mesh-snapshot-2") && said.contains("/snapshot"), "{said}");
+    // Whatever its turn was: who finds it damaged replaces it.
+    fs::write(dir.file(), "mesh-snapshot-2 7 cut sho").unwrap();
+    let (storage, damaged) = Storage::open(dir.0.clone());
+    damaged.unwrap_err();
+    storage.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
     assert_eq!(read(&dir.0), (vec!["node-a".to_owned()], 3, 1));
 }
 

@@ -13,7 +13,7 @@ use mesh_core::snapshot::{Change, Snapshot};
 use mesh_ctl::sandbox::{Part, Service, Topology, Workload};
 use mesh_ebpf_common::LAYOUT_VERSION;
 use mesh_ebpf_common::maps::{CAPTURED, MAX_CAPTURED};
-use mesh_node::snapshot_store;
+use mesh_node::snapshot_store::Storage;
 use mesh_tests::bpf_map::BpfMap;
 use mesh_tests::mesh_bed::{Attempt, ECHO, MeshBed, PATIENCE, echo, eventually, eventually_within, two_nodes};
 use nix::sys::signal::{Signal, kill};
@@ -125,9 +125,10 @@ fn a_policy_that_has_not_arrived_denies() {
     bed.sandbox.end_part(&Part::Controller).unwrap();
     // As if the controller's connection had broken between the workload and its policy.
     let state = bed.sandbox.layout.node("node-b").join("state");
-    let mut stored = snapshot_store::load(&state).unwrap().expect("stored");
+    let (storage, stored) = Storage::open(state);
+    let mut stored = stored.unwrap().expect("stored");
     stored.changes.retain(|change| !matches!(change, Change::UpsertPolicy(_)));
-    snapshot_store::save(&state, &Snapshot::default().apply(&stored.changes), &stored.versions).unwrap();
+    storage.save(&Snapshot::default().apply(&stored.changes), &stored.versions).unwrap();
     let proxy = bed.proxy("node-b");
     send(proxy, Signal::SIGKILL);
     eventually("the next proxy", || bed.status("node-b").filter(|s| s.ready && i32::try_from(s.pid) != Ok(proxy)));

@@ -11,6 +11,7 @@ use mesh_ctl::sandbox::Part;
 use mesh_node::snapshot_store;
 use mesh_tests::mesh_bed::{Attempt, MeshBed, eventually, two_nodes};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 const NODE: &str = "node-b";
@@ -40,12 +41,12 @@ fn a_damaged_configuration_is_refused_and_nothing_goes_through_until_the_control
     let good = fs::read(&file).unwrap();
     let mut flipped = good.clone();
     *flipped.last_mut().unwrap() ^= 1;
-    let newer = [b"mesh-snapshot-9", good.strip_prefix(b"mesh-snapshot-1").unwrap()].concat();
+    let newer = [b"mesh-snapshot-9", good.strip_prefix(b"mesh-snapshot-2").unwrap()].concat();
     let cases = [
         ("one bit is wrong", flipped, "its checksum does not match"),
         ("the end is missing", good[..good.len() / 2].to_vec(), "it is cut short"),
-        ("it is of another version", newer, "not of the format mesh-snapshot-1"),
-        ("it is empty", Vec::new(), "not of the format mesh-snapshot-1"),
+        ("it is of another version", newer, "not of the format mesh-snapshot-2"),
+        ("it is empty", Vec::new(), "not of the format mesh-snapshot-2"),
     ];
     for (what, bytes, reason) in cases {
         bed.sandbox.end_part(&Part::Controller).unwrap();
@@ -77,4 +78,35 @@ fn a_damaged_configuration_is_refused_and_nothing_goes_through_until_the_control
     let status = restarted(&bed, "a proxy with the stored configuration", |status| status.ready);
     assert_eq!(status.config_source, "snapshot", "what was stored after the damage is whole: {status:?}");
     bed.stream("client", far).wait("traffic", Attempt::is_ok);
+}
+
+/// It came in the last moment, and nobody takes over.
+#[test]
+fn a_policy_that_arrives_as_the_node_is_told_to_end_holds_after_a_start_without_a_controller() {
+    let mut bed = MeshBed::up("last", two_nodes());
+    let far = bed.address("far");
+    bed.stream("client", far).wait("traffic", Attempt::is_ok);
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: nobody, namespace: default}\n\
+                  spec: {action: DENY, rules: [{}]}\n";
+    // A connection that lasts keeps the proxy draining.
+    let mut held = bed.hold("client", far);
+    assert_eq!(held.say("hello"), "hello");
+    let supervisor = Pid::from_raw(bed.supervisor(NODE));
+    let (draft, file) =
+        (bed.sandbox.layout.config().join(".nobody"), bed.sandbox.layout.config().join("90-nobody.yaml"));
+    fs::write(&draft, policy).unwrap();
+    kill(supervisor, Signal::SIGTERM).unwrap();
+    fs::rename(&draft, &file).unwrap();
+    eventually("its end by the policy", || held.say("still").starts_with("closed").then_some(()));
+    bed.sandbox.end_part(&Part::Controller).unwrap();
+    assert_eq!(waitpid(supervisor, None), Ok(WaitStatus::Exited(supervisor, 0)));
+    bed.sandbox.start_node(NODE, &[]).unwrap();
+    bed.sandbox.wait_node_ready(NODE).unwrap();
+    let status = eventually("the status", || bed.status(NODE));
+    assert_eq!(status.config_source, "snapshot");
+    let mut stream = bed.stream("client", far);
+    for _ in 0..10 {
+        let attempt = stream.wait("an attempt", |_| true);
+        assert!(!attempt.is_ok(), "{attempt:?} went through");
+    }
 }

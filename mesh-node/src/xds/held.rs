@@ -461,7 +461,7 @@ mod tests {
         refuse(&mut held, newer_policy("ns/p", proto::Scope::Namespace));
         let dir = std::env::temp_dir().join(format!("mesh-node-held-{}", std::process::id()));
         std::fs::create_dir(&dir).expect("a fresh name");
-        crate::snapshot_store::save(&dir, &held.snapshot, &held.versions).expect("saves");
+        crate::snapshot_store::save(&dir, 1, &held.snapshot, &held.versions).expect("saves");
         let stored = crate::snapshot_store::load(&dir);
         std::fs::remove_dir_all(&dir).expect("its own");
         let mut again = Held::new("", "root".into(), stored.expect("loads"));
