@@ -151,7 +151,7 @@ impl DataPath {
         Ok(Self { desired, connections: all_connections })
     }
 
-    /// Accepts a workload's connections from now on. A second call with the same UID replaces the first.
+    /// Accepts a workload's connections from now on, or as soon as there is a configuration. A second call with the same UID replaces the first.
     pub fn serve(&self, enrolled: Arc<Enrolled>) {
         self.desired.send_modify(|desired| {
             let mut serving = (*desired.serving).clone();
@@ -185,10 +185,11 @@ impl DataPath {
     pub async fn drain(&self, deadline: Duration) {
         self.all_enter(Phase::Draining);
         self.wait_for_connections(deadline).await;
+        // In this order: what is being set up asks for the phase after it has registered, so nothing slips between.
+        self.all_enter(Phase::Stopped);
         for connections in &self.connections {
             connections.close_all(&CloseReason::Drained);
         }
-        self.all_enter(Phase::Stopped);
         // Resets are sent by the workers' tasks; those are as quick as the event loops.
         self.wait_for_connections(RESET_WITHIN).await;
     }
@@ -294,7 +295,9 @@ async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
         let now = desired.borrow_and_update().clone();
         // Those that are gone end by their phase; here they are only forgotten.
         serving.retain(|uid, old| now.serving.get(uid).is_some_and(|new| Arc::ptr_eq(new, old)));
-        for (uid, new) in now.serving.iter() {
+        // Before there is a configuration everything would be refused. What arrives waits in the backlogs instead: for it,
+        // for the proxy that this one takes over from, or until the supervisor finds that it has waited too long.
+        for (uid, new) in now.serving.iter().filter(|_| worker.shared.view.load().synced) {
             if !serving.contains_key(uid) {
                 serving.insert(uid.clone(), Arc::clone(new));
                 accept::serve(&worker, new);
