@@ -15,6 +15,7 @@ use mesh_api::admin::CertificateRow;
 use mesh_core::certs::{Adoption, CertSchedule, REQUEST_TIMEOUT_SECS};
 use mesh_core::identity::SpiffeId;
 use rustls_pki_types::CertificateDer;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -49,6 +50,8 @@ const ROOTS: &str = "roots";
 /// Prefix of certificates among the kept descriptors.
 const CERT: &str = "cert/";
 
+const STOPPED: &str = "certificates are not managed any more: the proxy stops";
+
 enum Command {
     Want(SpiffeId, oneshot::Sender<Result<(), String>>),
     Release(SpiffeId),
@@ -71,16 +74,21 @@ impl std::fmt::Debug for Command {
 }
 
 impl CertificatesHandle {
-    /// Needs a certificate for the identity from now on. Returns when there is a valid one, or when the first request
-    /// for it failed; the schedule tries again by itself.
+    /// Needs a certificate for the identity from now on, whether or not the answer is waited for. It comes when there is
+    /// a valid one, or when the first request for it failed; the schedule tries again by itself.
     ///
     /// # Errors
     /// Why there is none yet.
-    pub async fn want(&self, id: SpiffeId) -> Result<(), String> {
+    pub fn want(&self, id: SpiffeId) -> impl Future<Output = Result<(), String>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
-        let stopped = || "certificates are not managed any more: the proxy stops".to_owned();
-        self.commands.send(Command::Want(id, reply)).await.map_err(|_| stopped())?;
-        answer.await.unwrap_or_else(|_| Err(stopped()))
+        let sent = self.commands.try_send(Command::Want(id, reply)).map_err(|error| match error {
+            TrySendError::Full(_) => "more certificates are asked for at once than this node has workloads",
+            TrySendError::Closed(_) => STOPPED,
+        });
+        async move {
+            sent?;
+            answer.await.unwrap_or_else(|_| Err(STOPPED.to_owned()))
+        }
     }
 
     /// No workload of this node has the identity any more.
@@ -388,4 +396,20 @@ fn ask(
 
 fn now_secs() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As for adopted workloads, whose certificates nobody waits for.
+    #[test]
+    fn what_is_wanted_is_asked_for_though_nobody_waits_for_the_answer() {
+        let (commands, mut asked) = mpsc::channel(1);
+        let (_rows, rows) = watch::channel(rows::Source::default());
+        let handle = CertificatesHandle { commands, rows };
+        let id = SpiffeId::new("cluster.local", "default", "web");
+        drop(handle.want(id.clone()));
+        assert!(matches!(asked.try_recv(), Ok(Command::Want(wanted, _)) if wanted == id));
+    }
 }

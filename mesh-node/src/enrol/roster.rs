@@ -28,7 +28,7 @@ pub struct Roster {
     trust_domain: Arc<str>,
     /// Captured but not served.
     closed: BTreeMap<WorkloadUid, Closed>,
-    /// Served, but something is missing; what.
+    /// Served, but without a certificate; why.
     incomplete: BTreeMap<WorkloadUid, String>,
     /// Adopted and not captured again yet.
     unsettled: BTreeSet<WorkloadUid>,
@@ -38,6 +38,8 @@ pub struct Roster {
     all_announced: bool,
     /// Announced since the agent connected.
     announced: BTreeSet<WorkloadUid>,
+    /// While the agent announces what there is: when waiting for certificates ends, for all together.
+    announcing_until: Option<Instant>,
     metrics: EnrolMetrics,
     answer_within: Duration,
 }
@@ -81,6 +83,7 @@ impl Roster {
             handed_over: Kept::new(),
             all_announced: false,
             announced: BTreeSet::new(),
+            announcing_until: None,
             metrics,
             answer_within: ANSWER_WITHIN,
         };
@@ -140,9 +143,10 @@ impl Roster {
                 self.handed_over.remove(&name);
                 if let Some(workload) = kept::completes(&name).and_then(|uid| self.enrolled(&uid)) {
                     self.leave(&workload);
+                    self.give_up_certificate_of(&workload);
                 }
             }
-            // Certificates and ports: what this process has of these is as good.
+            // Certificates and ports: this process asks for the certificates of what it adopts, and has the ports.
             StoreChange::Put(..) => {}
         }
         self.count();
@@ -150,17 +154,19 @@ impl Roster {
 
     /// Serves a workload that a predecessor has enrolled.
     fn adopt(&mut self, workload: Enrolled) {
-        if let Some(known) = self.enrolled(&workload.uid) {
+        let known = self.enrolled(&workload.uid);
+        if let Some(known) = &known {
             if same_file(known.listeners.outbound4.as_fd(), workload.listeners.outbound4.as_fd()) {
                 return;
             }
-            self.leave(&known);
+            self.leave(known);
         }
         let workload = Arc::new(workload);
         self.closed.remove(&workload.uid);
         self.serve(&workload);
         self.unsettled.insert(workload.uid.clone());
         drop(self.host.certificate(kept::info(&workload).identity(&self.trust_domain)));
+        known.iter().for_each(|known| self.give_up_certificate_of(known));
     }
 
     fn serve(&self, workload: &Arc<Enrolled>) {
@@ -173,7 +179,7 @@ impl Roster {
         self.metrics.started.inc();
     }
 
-    /// Serves a workload no more.
+    /// Serves a workload no more. Its certificate stays: what takes its place may need the same one.
     fn leave(&mut self, workload: &Enrolled) {
         self.incomplete.remove(&workload.uid);
         self.shared.update(|view| {
@@ -182,7 +188,6 @@ impl Roster {
             view.with_enrolled(enrolled)
         });
         self.host.stop(&workload.uid);
-        self.give_up_certificate_of(workload);
         self.metrics.stopped.inc();
         info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left");
     }
@@ -190,6 +195,7 @@ impl Roster {
     /// A new connection to the agent, which announces everything again.
     pub fn agent_connected(&mut self) {
         self.announced.clear();
+        self.announcing_until = Some(Instant::now() + self.answer_within);
     }
 
     /// Carries a request out. An error is for the agent.
@@ -199,7 +205,10 @@ impl Roster {
             Request::Add(add) => self.add(add, deadline).await,
             Request::Keep(uid) => self.keep(uid),
             Request::Del(uid) => self.remove(&uid).await,
-            Request::SnapshotSent => self.sweep().await,
+            Request::SnapshotSent => {
+                self.announcing_until = None;
+                self.sweep().await
+            }
         };
         self.count();
         outcome
@@ -209,8 +218,11 @@ impl Roster {
     pub fn rows(&self) -> Vec<EnrolledWorkload> {
         let view = self.shared.view.load();
         let served = view.enrolled.values().map(|workload| {
-            let state = self.incomplete.get(&workload.uid).map_or("ready", String::as_str);
-            row(&workload.uid, &kept::info(workload), workload.cookie, state)
+            let info = kept::info(workload);
+            let missing = self.incomplete.get(&workload.uid);
+            // The schedule of certificates has gone on asking.
+            let missing = missing.filter(|_| !view.certs.contains_key(&info.identity(&self.trust_domain)));
+            row(&workload.uid, &info, workload.cookie, missing.map_or("ready", String::as_str))
         });
         let closed = self.closed.iter().map(|(uid, c)| row(uid, &c.info, c.cookie.unwrap_or_default(), &c.reason));
         let mut rows: Vec<_> = served.chain(closed).collect();
@@ -231,10 +243,13 @@ impl Roster {
                 // The first time it may not have worked.
                 self.put(&known)?;
             }
-            Some(_) => {
-                self.remove(&add.uid).await?;
-                self.announced.insert(add.uid.clone());
-                self.enrol(&add.uid, add.info.clone(), add.netns).await?;
+            Some(known) => {
+                let enrolled = match self.end(&known).await {
+                    Ok(()) => self.enrol(&add.uid, add.info.clone(), add.netns).await,
+                    Err(error) => Err(error),
+                };
+                self.give_up_certificate_of(&known);
+                enrolled?;
             }
             None => self.enrol(&add.uid, add.info.clone(), add.netns).await?,
         }
@@ -298,6 +313,8 @@ impl Roster {
 
     async fn certify(&mut self, uid: &WorkloadUid, info: &WorkloadInfo, deadline: Instant) -> Result<(), String> {
         let id = info.identity(&self.trust_domain);
+        // A CA that is silent must not hold up a node full of workloads one after the other.
+        let deadline = self.announcing_until.map_or(deadline, |until| deadline.min(until));
         let answered = match timeout_at(deadline, self.host.certificate(id.clone())).await {
             Ok(answered) => answered,
             Err(_) => Err("no answer in time".to_owned()),
@@ -334,9 +351,16 @@ impl Roster {
             debug!(uid = &*uid.0, "told to end an enrolment that there is not");
             return Ok(());
         };
-        self.forget(uid);
-        self.leave(&workload);
-        let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
+        let ended = self.end(&workload).await;
+        self.give_up_certificate_of(&workload);
+        ended
+    }
+
+    /// As [`Self::remove`], of a served one, but for its certificate.
+    async fn end(&mut self, workload: &Arc<Enrolled>) -> Result<(), String> {
+        self.forget(&workload.uid);
+        self.leave(workload);
+        let (host, gone) = (Arc::clone(&self.host), Arc::clone(workload));
         blocking(move || host.release(gone.cookie, Some(gone.netns.as_fd()))).await
     }
 

@@ -62,7 +62,7 @@ async fn a_workload_is_captured_then_served_then_certified_and_all_is_undone_whe
     assert_eq!(scene.states(), ["a ready"]);
     assert_eq!(scene.host.kept.lock().expect("lock").len(), 8, "namespace, six listeners, info");
     scene.expect(add("a", "web", &netns), Ok(()), &["renew a", "certificate web"]).await;
-    scene.expect(del("a"), Ok(()), &["stop a", "give up web", "release"]).await;
+    scene.expect(del("a"), Ok(()), &["stop a", "release", "give up web"]).await;
     assert!(scene.served().is_empty() && scene.host.kept.lock().expect("lock").is_empty());
     scene.expect(del("a"), Ok(()), &[]).await;
 }
@@ -74,7 +74,7 @@ async fn a_certificate_is_given_up_with_its_last_workload() {
     scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
     scene.expect(add("b", "web", &two), Ok(()), &["capture b", "serve b", "certificate web"]).await;
     scene.expect(del("a"), Ok(()), &["stop a", "release"]).await;
-    scene.expect(del("b"), Ok(()), &["stop b", "give up web", "release"]).await;
+    scene.expect(del("b"), Ok(()), &["stop b", "release", "give up web"]).await;
 }
 
 #[tokio::test]
@@ -82,10 +82,16 @@ async fn another_namespace_or_identity_under_a_known_uid_is_a_new_workload() {
     let mut scene = scene(Vec::new());
     let (one, two) = (file(), file());
     scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
-    let again = ["stop a", "give up web", "release", "capture a", "serve a", "certificate web"];
+    // The key that there is will do, also while there is no CA.
+    let again = ["stop a", "release", "capture a", "serve a", "certificate web"];
     scene.expect(add("a", "web", &two), Ok(()), &again).await;
-    let other = ["stop a", "give up web", "release", "capture a", "serve a", "certificate db"];
+    let other = ["stop a", "release", "capture a", "serve a", "give up web", "certificate db"];
     scene.expect(add("a", "db", &two), Ok(()), &other).await;
+    scene.host.fail("capture");
+    let failed = ["stop a", "release", "capture a", "give up db"];
+    scene.expect(add("a", "db", &one), Err("capture fails"), &failed).await;
+    scene.host.mend();
+    scene.expect(add("a", "db", &one), Ok(()), &["capture a", "serve a", "certificate db"]).await;
     scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
     assert_eq!(scene.served(), ["a"]);
 }
@@ -132,6 +138,23 @@ async fn the_answer_comes_in_time_whatever_the_controller_does() {
     let asked = ["capture a", "serve a", "certificate web"];
     scene.expect(add("a", "web", &file()), Err("no answer in time"), &asked).await;
     assert!(started.elapsed() < ANSWER_WITHIN, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn all_that_is_announced_waits_for_a_silent_controller_only_once() {
+    const WORKLOADS: usize = 20;
+    let mut scene = scene(Vec::new());
+    scene.host.fail("hang");
+    scene.roster.answer_within = Duration::from_millis(500);
+    scene.roster.agent_connected();
+    let started = Instant::now();
+    for number in 0..WORKLOADS {
+        let outcome = scene.roster.handle(add(&number.to_string(), "web", &file())).await;
+        assert!(outcome.is_err_and(|error| error.contains("no answer in time")));
+    }
+    assert!(started.elapsed() < 5 * scene.roster.answer_within, "{:?}", started.elapsed());
+    assert_eq!(scene.served().len(), WORKLOADS);
+    scene.roster.handle(Request::SnapshotSent).await.expect("all are announced");
 }
 
 #[tokio::test]
