@@ -42,15 +42,22 @@ impl Handshakes {
     /// Waits for a place; `None` for an address that has too many.
     pub async fn enter(self: &Arc<Self>, source: IpAddr) -> Option<Place> {
         let source = source.to_canonical();
+        let mut was_woken = false;
         loop {
             let admission = self.places().admit(source, Instant::now());
             match admission {
                 Admission::Go(id, lost) => return Some(Place { all: Arc::clone(self), id, lost }),
-                Admission::Refuse => return None,
+                Admission::Refuse => {
+                    // The place is still free: the next one that waits for it must hear of it.
+                    if was_woken {
+                        self.freed.notify_one();
+                    }
+                    return None;
+                }
                 Admission::Wait(until) => {
-                    tokio::select! {
-                        () = self.freed.notified() => {}
-                        () = sleep_until(until) => {}
+                    was_woken = tokio::select! {
+                        () = self.freed.notified() => true,
+                        () = sleep_until(until) => false,
                     }
                 }
             }
@@ -240,5 +247,30 @@ mod tests {
         tokio::task::yield_now().await;
         drop(places.pop());
         assert!(tokio::time::timeout(STUCK_AFTER / 2, waiting).await.expect("at once").unwrap());
+    }
+
+    /// While it waited its source has got its share by others.
+    #[tokio::test]
+    async fn who_is_refused_after_waiting_passes_on_that_a_place_is_free() {
+        let all = Arc::new(Handshakes::default());
+        let mut places = Vec::new();
+        for number in 0..MAX_HANDSHAKES {
+            let of = if number < MAX_HANDSHAKES_PER_SOURCE - 1 { 1000 } else { u16::try_from(number).unwrap() };
+            places.push(all.enter(source(of)).await.unwrap());
+        }
+        let wait = |number| {
+            let all = Arc::clone(&all);
+            tokio::spawn(async move { all.enter(source(number)).await })
+        };
+        let (first, second, third) = (wait(1000), wait(1000), wait(2000));
+        tokio::task::yield_now().await;
+        // Two places, of which the first source takes one.
+        places.truncate(MAX_HANDSHAKES - 2);
+        let started = Instant::now();
+        let first = first.await.unwrap().expect("the last one of its share");
+        assert!(second.await.unwrap().is_none(), "its share is taken");
+        let third = third.await.unwrap().expect("the other place");
+        assert!(started.elapsed() < STUCK_AFTER / 2, "{:?}", started.elapsed());
+        drop((first, third));
     }
 }

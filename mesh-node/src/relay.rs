@@ -56,6 +56,7 @@ pub struct Stream {
 /// Carries between a TCP connection and a stream. `from_tcp` says which way the bytes read from TCP go.
 pub async fn tcp_and_stream(tcp: TcpStream, stream: Stream, live: &Live, from_tcp: Way) -> Result<(), RelayError> {
     let Stream { mut send, mut recv, mut share } = stream;
+    reset_on_close(&tcp);
     let to_tcp = match from_tcp {
         Way::ToServer => Way::ToClient,
         Way::ToClient => Way::ToServer,
@@ -94,15 +95,16 @@ pub async fn tcp_and_stream(tcp: TcpStream, stream: Stream, live: &Live, from_tc
         })
         .await
     };
-    if result.is_err() {
-        send.send_reset(Reason::CANCEL);
-        reset_on_close(&tcp);
+    match &result {
+        Ok(()) => end_on_close(&tcp),
+        Err(_) => send.send_reset(Reason::CANCEL),
     }
     result
 }
 
 /// Carries between two TCP connections.
 pub async fn tcp_and_tcp(client: TcpStream, server: TcpStream, live: &Live) -> Result<(), RelayError> {
+    [&client, &server].into_iter().for_each(reset_on_close);
     let result = {
         let (mut up, mut down) = (TcpToTcp::default(), TcpToTcp::default());
         let (mut client_gone, mut server_gone) = (Gone::default(), Gone::default());
@@ -129,17 +131,22 @@ pub async fn tcp_and_tcp(client: TcpStream, server: TcpStream, live: &Live) -> R
         })
         .await
     };
-    if result.is_err() {
-        reset_on_close(&client);
-        reset_on_close(&server);
+    if result.is_ok() {
+        [&client, &server].into_iter().for_each(end_on_close);
     }
     result
 }
 
-/// Makes the close of a connection a reset.
+/// Makes the close of a connection a reset, also the one by the kernel when this process is killed: half of what was to be
+/// carried must not look like all of it. So it is from the beginning to the end of both directions.
 pub fn reset_on_close(tcp: &TcpStream) {
     // A connection that is gone already cannot be reset, and need not be.
     let _ = SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+}
+
+/// Takes [`reset_on_close`] back.
+fn end_on_close(tcp: &TcpStream) {
+    let _ = SockRef::from(tcp).set_linger(None);
 }
 
 /// Notices a reset of a connection that is not being read: epoll reports it, but no read would.

@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_api::admin::NodeStatus;
 use mesh_ebpf_common::INNER_MARK;
 use mesh_node::dial::{KEEPALIVE_IDLE, Namespaces, Source, connect_application};
 use mesh_tests::capture_bed::tcp::{connect, mapped};
@@ -290,6 +291,27 @@ fn a_client_that_leaves_without_a_byte_is_seen_to_come_and_go() {
         }
     }
     none_is_left(&bed);
+}
+
+/// Half a file must not look like a whole one.
+#[test]
+fn a_killed_proxy_resets_what_it_carried() {
+    let bed = MeshBed::up("killed", every_route());
+    for route in ROUTES {
+        let Ends { client, server } = bed.ends(route);
+        talk(&client, &server, route.name);
+        let proxies = ["node-a", "node-b"].map(|node| (node, bed.proxy(node)));
+        for (_, proxy) in proxies {
+            kill(Pid::from_raw(proxy), Signal::SIGKILL).unwrap();
+        }
+        for (end, stream) in [("client", &client), ("server", &server)] {
+            assert!(is_reset_without_reading(stream), "{}: the {end} is not told of the loss", route.name);
+        }
+        for (node, proxy) in proxies {
+            let is_new = |status: &NodeStatus| status.ready && i32::try_from(status.pid) != Ok(proxy);
+            eventually("the next proxy", || bed.status(node).filter(is_new));
+        }
+    }
 }
 
 /// As log and metric shippers do it. The proxy is stopped, so that all has happened before it accepts.

@@ -26,7 +26,7 @@ use super::{
     SEND_BUFFER_BYTES, STREAM_WINDOW,
 };
 use crate::dial::{Namespaces, connect, keep_alive};
-use crate::identity::{NoCertificate, certificate};
+use crate::identity::{NoCertificate, certificate, has_expired};
 use crate::metrics::{Metrics, ResponseFlags, count};
 use crate::relay::Stream;
 use crate::runtime::{CertifiedIdentity, Enrolled, RootStore, Shared, View};
@@ -154,7 +154,9 @@ pub struct Tunnel {
 impl PooledTunnel for Tunnel {
     fn is_open(&self) -> bool {
         // h2 refuses new streams after GOAWAY or an error; asking costs a lock that nobody else holds.
+        // A server whose certificate has run out has to prove anew who it is, on a tunnel of its own.
         self.open.load(Ordering::Relaxed)
+            && !has_expired(self.server.not_after_secs)
             && matches!(
                 self.send.clone().poll_ready(&mut Context::from_waker(Waker::noop())),
                 Poll::Ready(Ok(())) | Poll::Pending
