@@ -38,11 +38,15 @@ struct Sender(Arc<Queue>);
 struct Queue {
     waiting: Mutex<Waiting>,
     wake: Condvar,
+    /// All that was taken out is written.
+    written: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     records: Vec<Record>,
+    /// Some were taken out and are not written yet.
+    is_writing: bool,
     /// The last sender is gone.
     closed: bool,
 }
@@ -86,6 +90,14 @@ impl AccessLog {
         }
         true
     }
+
+    /// Waits until everything that was handed over is written; false after this time. Blocks.
+    pub fn flush(&self, at_most: Duration) -> bool {
+        let queue = &self.0.0;
+        let unwritten = |waiting: &mut Waiting| waiting.is_writing || !waiting.records.is_empty();
+        let waited = queue.written.wait_timeout_while(queue.lock(), at_most, unwritten);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
 }
 
 fn write_all(queue: &Queue, out: Box<dyn Write + Send>, format: AccessLogFormat) {
@@ -98,6 +110,7 @@ fn write_all(queue: &Queue, out: Box<dyn Write + Send>, format: AccessLogFormat)
         let (mut waiting, _timeout) =
             queue.wake.wait_timeout_while(waiting, WRITE_EVERY, enough).unwrap_or_else(PoisonError::into_inner);
         let closed = waiting.closed;
+        waiting.is_writing = true;
         std::mem::swap(&mut records, &mut waiting.records);
         drop(waiting);
         let mut written = Ok(());
@@ -109,6 +122,8 @@ fn write_all(queue: &Queue, out: Box<dyn Write + Send>, format: AccessLogFormat)
         if let Err(error) = written.and(out.flush()) {
             tracing::error!(%error, "access log cannot be written");
         }
+        queue.lock().is_writing = false;
+        queue.written.notify_all();
         if closed {
             return;
         }

@@ -31,6 +31,8 @@ use crate::runtime::{DataPathConfig, Enrolled, OriginalDst, Shared};
 const EXPIRE_EVERY: Duration = Duration::from_secs(10);
 /// How often a drain looks whether it is done.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
+/// Time for the last lines of the access log, after a drain.
+const LOGGED_WITHIN: Duration = Duration::from_secs(1);
 /// Time for the workers to send resets.
 const RESET_WITHIN: Duration = Duration::from_secs(1);
 
@@ -109,6 +111,7 @@ struct Desired {
 pub struct DataPath {
     desired: watch::Sender<Desired>,
     connections: Vec<Arc<Connections>>,
+    log: Option<AccessLog>,
 }
 
 impl DataPath {
@@ -148,7 +151,7 @@ impl DataPath {
                 .spawn(move || run_thread(make, watch, &started))?;
             result.recv().unwrap_or_else(|_| Err(io::Error::other("worker ended at once")))?;
         }
-        Ok(Self { desired, connections: all_connections })
+        Ok(Self { desired, connections: all_connections, log })
     }
 
     /// Accepts a workload's connections from now on, or as soon as there is a configuration. A second call with the same UID replaces the first.
@@ -185,13 +188,20 @@ impl DataPath {
     pub async fn drain(&self, deadline: Duration) {
         self.all_enter(Phase::Draining);
         self.wait_for_connections(deadline).await;
-        // In this order: what is being set up asks for the phase after it has registered, so nothing slips between.
+        // First, while there are tunnels that can carry the resets and their reason; and again, because what registers
+        // in between asks for the phase only after that.
+        let close_all = || self.connections.iter().for_each(|all| all.close_all(&CloseReason::Drained));
+        close_all();
         self.all_enter(Phase::Stopped);
-        for connections in &self.connections {
-            connections.close_all(&CloseReason::Drained);
-        }
+        close_all();
         // Resets are sent by the workers' tasks; those are as quick as the event loops.
         self.wait_for_connections(RESET_WITHIN).await;
+        if let Some(log) = self.log.clone() {
+            let flushed = tokio::task::spawn_blocking(move || log.flush(LOGGED_WITHIN)).await;
+            if !flushed.unwrap_or(false) {
+                tracing::warn!("the last lines of the access log are not written");
+            }
+        }
     }
 
     /// Waits until nobody holds a permit: those that are accepted and not connected yet count too.

@@ -234,6 +234,7 @@ fn a_drain_that_takes_too_long_ends_what_is_left_and_exits_0() {
     assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
     let end = held.say("after");
     assert!(end.starts_with("closed"), "{end}");
+    bed.logged("node-b", &["connection complete", "closed: drain deadline passed"]);
 }
 
 /// Open descriptors of a process.
