@@ -9,6 +9,10 @@ use mesh_api::admin::ConnectedNode;
 
 use super::session::Sync;
 
+/// Streams of one node at once: two proxies while one takes over, and what is left of broken connections. So no node can
+/// keep the others out.
+pub const MAX_STREAMS_PER_NODE: usize = 8;
+
 /// All streams of the process.
 #[derive(Debug, Default)]
 pub struct Nodes {
@@ -40,9 +44,12 @@ pub struct Stream {
 }
 
 impl Nodes {
-    /// Notes a new stream.
-    pub fn connect(self: &Arc<Self>, node: &str, address: SocketAddr) -> Stream {
+    /// Notes a new stream; none if the node has [`MAX_STREAMS_PER_NODE`].
+    pub fn connect(self: &Arc<Self>, node: &str, address: SocketAddr) -> Option<Stream> {
         let mut streams = self.lock();
+        if streams.by_id.values().filter(|stream| stream.node == node).count() >= MAX_STREAMS_PER_NODE {
+            return None;
+        }
         let id = streams.next_id;
         streams.next_id += 1;
         let state = StreamState {
@@ -54,7 +61,7 @@ impl Nodes {
             rejected: BTreeMap::new(),
         };
         streams.by_id.insert(id, state);
-        Stream { nodes: self.clone(), id }
+        Some(Stream { nodes: self.clone(), id })
     }
 
     /// For `GET /status`, sorted by node; `generation` is the one that is published.
@@ -120,7 +127,7 @@ mod tests {
     #[test]
     fn a_stream_that_has_not_seen_what_is_published_is_stale() {
         let nodes = Arc::new(Nodes::default());
-        let stream = nodes.connect("node-a", SocketAddr::from(([10, 0, 0, 1], 1)));
+        let stream = nodes.connect("node-a", SocketAddr::from(([10, 0, 0, 1], 1))).expect("room");
         let shown = |generation| nodes.rows(generation, Instant::now())[0].sync.clone();
         assert_eq!(shown(0), "NOT SENT");
         stream.note(Sync::Synced, 3);
@@ -130,5 +137,15 @@ mod tests {
         assert_eq!(shown(4), "STALE");
         stream.note(Sync::Synced, 4);
         assert_eq!(shown(4), "SYNCED");
+    }
+
+    #[test]
+    fn a_node_has_a_few_streams_and_the_others_have_theirs() {
+        let nodes = Arc::new(Nodes::default());
+        let connect = |node: &str| nodes.connect(node, SocketAddr::from(([10, 0, 0, 1], 1)));
+        let mut streams: Vec<_> = (0..MAX_STREAMS_PER_NODE).map(|_| connect("node-a").expect("room")).collect();
+        assert!(connect("node-a").is_none() && connect("node-b").is_some());
+        streams.pop();
+        assert!(connect("node-a").is_some());
     }
 }

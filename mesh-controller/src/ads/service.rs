@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::catalogue::{Catalogue, ResourceType};
-use super::nodes::{Nodes, Stream};
+use super::nodes::{MAX_STREAMS_PER_NODE, Nodes, Stream};
 use super::session::{Heard, Session, SessionError};
 use crate::door::{Door, unix_now};
 use crate::metrics::{Metrics, TypeLabel};
@@ -67,11 +67,15 @@ impl AggregatedDiscoveryService for Ads {
         let (token, peer) = self.shared.door.admit(&request)?;
         let permit = self.streams.clone().try_acquire_owned();
         let permit = permit.map_err(|_| Status::resource_exhausted("too many streams; try again later"))?;
+        let entry = self.shared.nodes.connect(&token.node, peer);
+        let entry = entry.ok_or_else(|| {
+            Status::resource_exhausted(format!("node {} has {MAX_STREAMS_PER_NODE} streams already", token.node))
+        })?;
         let lifetime = Duration::from_secs(token.valid_until.saturating_sub(unix_now()));
         self.shared.metrics.connected.inc();
         tracing::info!(node = token.node, %peer, "node connected");
         let driver = Driver {
-            entry: self.shared.nodes.connect(&token.node, peer),
+            entry,
             generation: self.shared.generation.clone(),
             shutdown: self.shared.shutdown.clone(),
             shared: self.shared.clone(),

@@ -5,7 +5,7 @@
 //! the same reason a removed policy is told after them, and so is a changed one that concerns only workloads which name
 //! it: had it concerned all of them before, it would concern nobody until they name it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use mesh_api::proto::xds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource, Status};
@@ -17,6 +17,8 @@ use super::catalogue::{Catalogue, Resource, ResourceType, TooFarBehind};
 pub const MAX_SUBSCRIPTIONS: usize = 100_000;
 /// Characters of a rejection that are kept.
 const MAX_REASON_CHARS: usize = 500;
+/// Bytes of a NACK's message that are read: the reasons of some hundred resources.
+const MAX_NACK_BYTES: usize = 64 * 1024;
 /// Rejected resources that are kept for status, a type.
 const MAX_REJECTED: usize = 1_000;
 
@@ -153,6 +155,9 @@ impl Session {
             session.answered = true;
             self.last_nonce += 1;
             let nonce = self.last_nonce.to_string();
+            for name in &told.removed {
+                session.rejected.remove(&**name);
+            }
             let names = told.put.iter().map(|(_, resource)| resource.name.clone()).collect();
             session.in_flight = Some(InFlight { nonce: nonce.clone(), names });
             return Ok(Some(told.into_response(kind, nonce, catalogue.generation())));
@@ -372,15 +377,18 @@ impl TypeSession {
 
     /// A name that was asked for is answered, even when nothing changed or nothing is there.
     fn collect_asked(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
+        // There may be as many as [`MAX_SUBSCRIPTIONS`] of each.
+        let mut put: HashSet<Arc<str>> = told.put.iter().map(|(_, resource)| resource.name.clone()).collect();
+        let removed: HashSet<Arc<str>> = told.removed.iter().cloned().collect();
         for asked in std::mem::take(&mut self.asked) {
             let mut found = false;
             for resource in catalogue.resolve(kind, &asked) {
                 found = true;
-                if told.put.iter().all(|(_, put)| put.name != resource.name) {
+                if put.insert(resource.name.clone()) {
                     told.put.push((alias(&resource.name, &asked), resource.clone()));
                 }
             }
-            if !found && !told.removed.contains(&asked) {
+            if !found && !removed.contains(&asked) {
                 told.removed.push(asked);
             }
         }
@@ -417,22 +425,19 @@ impl Told {
 /// Which resources of a response a NACK means. Node proxies write `NAME: REASON`, joined by `; `; a NACK that names
 /// none of them means all.
 fn attribute(names: &[Arc<str>], error: &Status) -> BTreeMap<String, String> {
-    let named = |name: &Arc<str>| {
-        let mut rest = error.message.as_str();
-        while let Some(at) = rest.find(&**name) {
-            let (before, after) = (&rest[..at], &rest[at + name.len()..]);
-            if let Some(reason) =
-                after.strip_prefix(": ").filter(|_| before.is_empty() || before.ends_with([' ', ';', '\n']))
-            {
-                return Some((name.to_string(), shorten(reason.split("; ").next().unwrap_or(reason))));
-            }
-            rest = after;
+    let message = &error.message[..error.message.floor_char_boundary(MAX_NACK_BYTES)];
+    let names_sent: HashSet<&str> = names.iter().map(|name| &**name).collect();
+    let mut attributed = BTreeMap::new();
+    for (colon, _) in message.match_indices(": ") {
+        let start = message[..colon].rfind([' ', ';', '\n']).map_or(0, |before| before + 1);
+        let (name, reason) = (&message[start..colon], &message[colon + 2..]);
+        if names_sent.contains(name) {
+            let reason = reason.split("; ").next().unwrap_or(reason);
+            attributed.entry(name.to_owned()).or_insert_with(|| shorten(reason));
         }
-        None
-    };
-    let attributed: BTreeMap<String, String> = names.iter().filter_map(named).collect();
+    }
     if attributed.is_empty() {
-        return names.iter().map(|name| (name.to_string(), shorten(&error.message))).collect();
+        return names.iter().take(MAX_REJECTED).map(|name| (name.to_string(), shorten(message))).collect();
     }
     attributed
 }
