@@ -188,7 +188,8 @@ pub enum Authz {
 #[derive(Debug, Args)]
 #[command(
     after_help = "STATUS is OK (both identities are verified; mutual TLS between nodes), PLAINTEXT (one of them is \
-not in the mesh) or REFUSED (plaintext, and the server demands mutual TLS). SERVER is what the server demands: STRICT, \
+not in the mesh, or plaintext was observed) or REFUSED (plaintext, and the server demands mutual TLS). SERVER is what the \
+server demands: STRICT, MIXED (not the same on all ports), \
 PERMISSIVE, or NONE when it is not in the mesh. Exits with 79 unless all are OK."
 )]
 pub struct TlsCheckArgs {

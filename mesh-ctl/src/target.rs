@@ -222,14 +222,21 @@ impl Target {
         let Self::Sockets(sockets) = self else {
             return Err(anyhow!(Usage("a saved dump cannot answer this: ask a running mesh".into())));
         };
+        let mut silent = None;
         for candidate in &sockets.nodes {
             let name = match &candidate.name {
-                Some(name) => name.clone(),
-                None => admin::get::<NodeStatus>(&candidate.socket, "/status").await?.node,
+                Some(name) => Ok(name.clone()),
+                None => admin::get::<NodeStatus>(&candidate.socket, "/status").await.map(|status| status.node),
             };
-            if name == node {
-                return Ok(candidate.socket.clone());
+            match name {
+                Ok(name) if name == node => return Ok(candidate.socket.clone()),
+                Ok(_) => {}
+                // It may be the one; another may be, too.
+                Err(error) => drop(silent.get_or_insert(error)),
             }
+        }
+        if let Some(error) = silent {
+            return Err(anyhow::Error::from(error).context(format!("looking for node `{node}`")));
         }
         Err(anyhow!(Unavailable(format!("no admin socket of node `{node}` is known; name it with --admin-socket"))))
     }

@@ -235,6 +235,16 @@ spec: {mtls: {mode: STRICT}}
     // It is so.
     assert_ne!(bed.exec("legacy", &["curl", "-sS", "--max-time", "5", "http://web:8080/"]).code, Some(0));
     bed.curl("client", "http://web/").succeeds();
+    // One port is an exception.
+    let exception = "apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: db, namespace: default}
+spec: {selector: {matchLabels: {app: db}}, portLevelMtls: {5432: {mode: PERMISSIVE}}}
+";
+    let file = bed.file("exception.yaml", exception);
+    bed.run(&["sandbox", "apply", file.to_str().unwrap()]).succeeds();
+    let pair = items(check(&["legacy", "db"]).exits(79)).remove(0);
+    assert_eq!((&pair["status"], &pair["server"]), (&"PLAINTEXT".into(), &"MIXED".into()), "{pair}");
     // Every workload of the mesh, when none is named: `legacy` keeps it from being all well.
     let all = check(&["client"]);
     assert_eq!(items(all.exits(79)).len(), 4, "{}", all.all());

@@ -2,18 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use mesh_api::admin::{ConnectionRow, WorkloadRow};
+use mesh_api::admin::{ConnectionRow, ServiceRow, WorkloadRow};
 use serde::Serialize;
 
 use super::authz::{Client, ask, client};
 use super::logs::{Ended, ended};
 use super::names::{Destination, Directory};
-use super::{Output, found, target};
+use super::{Output, finish, found, target};
 use crate::cli::{Global, Saved, TlsCheckArgs};
 use crate::render::{self, Column, OnNode, Row, View, short_identity};
 use crate::target::{Section, Target};
 
-/// A port that no policy names, to ask what plaintext may do where no port was given.
+/// A port that no policy names: what holds for all ports but those that are named.
 const ANY_PORT: u16 = 1;
 
 /// What is known about a pair.
@@ -22,10 +22,10 @@ const ANY_PORT: u16 = 1;
 struct Pair {
     source: String,
     destination: String,
-    /// `OK`: both identities are verified, by mutual TLS between nodes. `PLAINTEXT`: one of them is not in the mesh.
-    /// `REFUSED`: plaintext, and the server does not take it.
+    /// `OK`: both identities are verified, by mutual TLS between nodes. `PLAINTEXT`: one of them is not in the mesh, or
+    /// plaintext was observed all the same. `REFUSED`: plaintext, and the server does not take it on any port.
     status: String,
-    /// What the server demands: `STRICT`, `PERMISSIVE` or `NONE` (not in the mesh).
+    /// What the server demands: `STRICT`, `PERMISSIVE`, `MIXED` (not the same on all ports) or `NONE` (not in the mesh).
     server: String,
     /// How the client comes: `HBONE` or `TCP`.
     client: String,
@@ -98,46 +98,70 @@ pub(super) async fn run(global: &Global, args: &TlsCheckArgs) -> Output {
             }
         },
     };
-    let live = target.gather::<Vec<ConnectionRow>>(Section::Connections).await.rows().rows;
-    let mut pairs = Vec::new();
+    let live = target.gather::<Vec<ConnectionRow>>(Section::Connections).await.rows();
+    let (mut pairs, mut errors) = (Vec::new(), live.errors);
     for workload in to {
-        pairs.push(pair(&target, from, &source, workload, &live).await?);
+        let ports = ports(&directory, workload);
+        match pair(&target, (from, &source), (workload, &ports), &live.rows).await {
+            Ok(pair) => pairs.push(pair),
+            Err(error) => errors.push(error.context(format!("{}.{}", workload.name, workload.namespace))),
+        }
     }
     let bad = pairs.iter().any(|pair| pair.status == "PLAINTEXT" || pair.status == "REFUSED");
-    found(render::list(&pairs, View::of(global))?, bad)
+    let text = render::list(&pairs, View::of(global))?;
+    if errors.is_empty() { found(text, bad) } else { finish(text, errors) }
+}
+
+/// Ports for which the server may demand another thing: those that services lead to, and one for all others.
+fn ports(directory: &Directory, server: &WorkloadRow) -> BTreeSet<u16> {
+    let leads_here = |service: &&ServiceRow| service.endpoints.iter().any(|endpoint| endpoint.workload == server.uid);
+    let services = directory.services.iter().filter(leads_here);
+    services.flat_map(|service| service.ports.iter().filter_map(|port| target_port(port))).chain([ANY_PORT]).collect()
+}
+
+/// Of `port->targetPort/protocol`.
+fn target_port(text: &str) -> Option<u16> {
+    text.split_once("->")?.1.split('/').next()?.parse().ok()
 }
 
 async fn pair(
     target: &Target,
-    from: &WorkloadRow,
-    source: &Client,
-    to: &WorkloadRow,
+    (from, source): (&WorkloadRow, &Client),
+    (to, ports): (&WorkloadRow, &BTreeSet<u16>),
     live: &[OnNode<ConnectionRow>],
 ) -> anyhow::Result<Pair> {
     let in_mesh = |workload: &WorkloadRow| workload.protocol == "HBONE";
     let server = if in_mesh(to) {
         let plain = Client { identity: String::new(), ..client_of(from, source) };
-        let answer = ask(target, &plain, to, ANY_PORT).await?;
-        // PeerAuthentication becomes a DENY for those without identity; any other refusal is authorization.
-        let strict = answer.trace.iter().any(|t| t.matched && t.action == "DENY" && is_peer_authentication(&t.policy));
-        if strict { "STRICT" } else { "PERMISSIVE" }
+        let mut strict = 0;
+        for port in ports {
+            let trace = ask(target, &plain, to, *port).await?.trace;
+            // PeerAuthentication becomes a DENY for those without identity; any other refusal is authorization.
+            strict +=
+                usize::from(trace.iter().any(|t| t.matched && t.action == "DENY" && is_peer_authentication(&t.policy)));
+        }
+        match strict {
+            0 => "PERMISSIVE",
+            all if all == ports.len() => "STRICT",
+            _ => "MIXED",
+        }
     } else {
         "NONE"
     };
-    let status = match (in_mesh(from) && in_mesh(to), server) {
-        (true, _) => "OK",
-        (false, "STRICT") => "REFUSED",
-        (false, _) => "PLAINTEXT",
-    };
     let logs = target.access_logs();
-    let ended = ended(&logs, from, to)?;
+    let observed = observed(from, to, live, ended(&logs, from, to)?);
+    let status = match (in_mesh(from) && in_mesh(to), server) {
+        (true, _) if observed.plain == 0 => "OK",
+        (false, "STRICT") => "REFUSED",
+        (true | false, _) => "PLAINTEXT",
+    };
     Ok(Pair {
         source: source.label.clone(),
         destination: format!("{}.{}", to.name, to.namespace),
         status: status.to_owned(),
         server: server.to_owned(),
         client: if in_mesh(from) && in_mesh(to) { "HBONE" } else { "TCP" }.to_owned(),
-        observed: Observed { with_ended: !logs.is_empty(), ..observed(from, to, live, ended) },
+        observed: Observed { with_ended: !logs.is_empty(), ..observed },
         identity: if in_mesh(to) { to.identity.clone() } else { String::new() },
     })
 }
@@ -198,6 +222,12 @@ mod tests {
         assert_eq!(seen(3, 0, 0, true), "mtls 3 / plain 0");
         assert_eq!(seen(0, 0, 2, true), "mtls 0 / plain 2");
         assert_eq!(seen(0, 4, 1, true), "mtls 0 / one node 4 / plain 1");
+    }
+
+    #[test]
+    fn services_name_the_ports_that_they_lead_to() {
+        assert_eq!(target_port("80->8080/TCP"), Some(8080));
+        assert_eq!(target_port("80"), None);
     }
 
     fn workload(name: &str, address: &str) -> WorkloadRow {
