@@ -275,7 +275,22 @@ impl Compilation<'_> {
     }
 
     fn strings(&mut self, values: &Values, path: &str, field: &str) -> (Vec<StringMatch>, Vec<StringMatch>) {
+        self.explain_inner_wildcards(values, path, field);
         self.both(values, path, field, |text| Ok(StringMatch::parse(text)))
+    }
+
+    /// A `*` that is not at one end is meant as a wildcard, and stands for itself: nobody's name has one.
+    fn explain_inner_wildcards(&mut self, values: &Values, path: &str, field: &str) {
+        for (list, field) in [(&values.is, field.to_owned()), (&values.not, negated(field))] {
+            for (i, text) in list.iter().enumerate().filter(|(_, text)| StringMatch::parse(text).has_literal_star()) {
+                self.findings.warn(
+                    Code::UnknownValue,
+                    format!("{path}.{field}[{i}]"),
+                    format!("`{text}` never matches: `*` is a wildcard at one end of a value only"),
+                    "write one value for each name, or leave only the `*` at the beginning or the end",
+                );
+            }
+        }
     }
 
     /// Principals are written without `spiffe://`; upstream never matches one written with it.
@@ -291,6 +306,7 @@ impl Compilation<'_> {
                 format!("remove {SCHEME}"),
             );
         }
+        self.explain_inner_wildcards(values, path, field);
         self.both(values, path, field, |text| {
             let bare = if literal { text } else { text.strip_prefix(SCHEME).unwrap_or(text) };
             Ok(StringMatch::parse(bare))
@@ -378,6 +394,13 @@ impl StringMatch {
             Self::Prefix(prefix.into())
         } else {
             Self::Exact(text.into())
+        }
+    }
+
+    fn has_literal_star(&self) -> bool {
+        match self {
+            Self::Presence => false,
+            Self::Suffix(text) | Self::Prefix(text) | Self::Exact(text) => text.contains('*'),
         }
     }
 }

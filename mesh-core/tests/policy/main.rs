@@ -9,4 +9,5 @@ mod authorization_policy;
 mod language;
 mod naive;
 mod peer_authentication;
+mod ports_and_addresses;
 mod property;
