@@ -15,8 +15,8 @@ use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
 use crate::ingress::{DROP, NEXT, proxy_cgroup};
 use crate::maps::PREEXISTING;
-use crate::report::{Subject, count, refuse};
-use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Parsed, Segment, Start, load, parse};
+use crate::report::{Subject, count, refuse, refuse_unread};
+use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Ends, Parsed, Segment, Start, load, parse};
 
 const ETHERTYPE_OFFSET: u32 = 12;
 const ETHERNET_BYTES: u32 = 14;
@@ -26,14 +26,14 @@ const VLAN_TAG_BYTES: u32 = 4;
 #[inline(always)]
 pub(crate) fn on_frame(ctx: &TcContext, hook: Hook) -> i32 {
     let Some(ethertype) = load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET).map(u16::from_be) else {
-        return drop_unread(hook, Reason::Malformed);
+        return drop_unread(hook, Reason::Malformed, &Ends::default());
     };
     if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
         return judge(ctx, hook, ETHERNET_BYTES, ethertype);
     }
     match load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET + VLAN_TAG_BYTES).map(u16::from_be) {
         // Two tags and more are nobody's network here.
-        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(hook, Reason::Malformed),
+        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(hook, Reason::Malformed, &Ends::default()),
         Some(inner) => judge(ctx, hook, ETHERNET_BYTES + VLAN_TAG_BYTES, inner),
     }
 }
@@ -45,13 +45,13 @@ pub(crate) fn on_packet(ctx: &TcContext) -> i32 {
         Some(4) => judge(ctx, Hook::Egress, 0, ETH_P_IP),
         Some(6) => judge(ctx, Hook::Egress, 0, ETH_P_IPV6),
         // Not IP, and such a device carries nothing else to a TCP stack.
-        None | Some(_) => drop_unread(Hook::Egress, Reason::Malformed),
+        None | Some(_) => drop_unread(Hook::Egress, Reason::Malformed, &Ends::default()),
     }
 }
 
 #[inline(always)]
-fn drop_unread(hook: Hook, reason: Reason) -> i32 {
-    count(hook, reason);
+fn drop_unread(hook: Hook, reason: Reason, ends: &Ends) -> i32 {
+    refuse_unread(hook, reason, ends);
     DROP
 }
 
@@ -63,7 +63,7 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
             count(hook, Reason::NotTcp);
             return NEXT;
         }
-        Parsed::Bad(reason) => return drop_unread(hook, reason),
+        Parsed::Bad(reason, ends) => return drop_unread(hook, reason, &ends),
     };
     let sender = sender(ctx, hook, &segment);
     let reason = decide::egress(sender, segment.flags, segment.payload)

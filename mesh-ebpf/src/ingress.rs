@@ -12,8 +12,8 @@ use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT};
 
 use crate::egress::is_preexisting;
 use crate::maps::{PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
-use crate::report::{Subject, count, refuse};
-use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, Parsed, Segment, Start, find_socket, parse};
+use crate::report::{Subject, count, refuse, refuse_unread};
+use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, Ends, Parsed, Segment, Start, find_socket, parse};
 
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`: the next program decides.
 pub(crate) const NEXT: i32 = -1;
@@ -42,7 +42,7 @@ pub(crate) fn on_segment(ctx: &TcContext) -> i32 {
     if protocol == ETH_P_8021Q || protocol == ETH_P_8021AD {
         // The kernel has taken the outer tag off and takes a second one off, too, behind this program, when both only
         // give a priority (VLAN 0; Linux 6.18 `__netif_receive_skb_core`). Tags inside tags are nobody's network here.
-        count(Hook::Ingress, Reason::Malformed);
+        refuse_unread(Hook::Ingress, Reason::Malformed, &Ends::default());
         return DROP;
     }
     let segment = match parse(ctx, Start::Network, 0, protocol) {
@@ -51,8 +51,8 @@ pub(crate) fn on_segment(ctx: &TcContext) -> i32 {
             count(Hook::Ingress, Reason::NotTcp);
             return NEXT;
         }
-        Parsed::Bad(reason) => {
-            count(Hook::Ingress, reason);
+        Parsed::Bad(reason, ends) => {
+            refuse_unread(Hook::Ingress, reason, &ends);
             return DROP;
         }
     };

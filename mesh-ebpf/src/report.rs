@@ -6,6 +6,7 @@ use mesh_ebpf_common::maps::{EVENT_WINDOW_NS, EVENTS_PER_WINDOW};
 use mesh_ebpf_common::outcome::{Hook, Reason, counter_index};
 
 use crate::maps::{COUNTERS, EVENT_BUDGET, EVENTS};
+use crate::segment::Ends;
 
 /// Counts an outcome on this CPU.
 #[inline(always)]
@@ -61,4 +62,11 @@ pub(crate) fn refuse(hook: Hook, reason: Reason, subject: &Subject<'_>) {
         Ok(()) => budget.sent += 1,
         Err(_ring_is_full) => budget.suppressed += 1,
     }
+}
+
+/// As [`refuse`], for a packet of which no more is known than between whom it goes.
+#[inline(always)]
+pub(crate) fn refuse_unread(hook: Hook, reason: Reason, ends: &Ends) {
+    let subject = Subject { netns_cookie: 0, src: &ends.src, dst: &ends.dst, src_port: 0, dst_port: 0, tcp_flags: 0 };
+    refuse(hook, reason, &subject);
 }

@@ -48,14 +48,21 @@ pub(crate) struct Segment {
     pub(crate) v6: bool,
 }
 
+/// Between whom a packet goes.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ends {
+    pub(crate) src: Addr,
+    pub(crate) dst: Addr,
+}
+
 /// What a packet is.
 pub(crate) enum Parsed {
     /// TCP, whole.
     Tcp(Segment),
     /// Not TCP.
     Other,
-    /// TCP, or perhaps TCP, that cannot be judged.
-    Bad(Reason),
+    /// TCP, or perhaps TCP, that cannot be judged; unspecified addresses where they could not be read.
+    Bad(Reason, Ends),
 }
 
 /// Reads `T` at `offset`. `T` is plain bytes or integers.
@@ -103,23 +110,17 @@ struct Ipv4 {
 
 #[inline(always)]
 fn parse_v4(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
-    let Some(ip) = load::<Ipv4>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed) };
+    let Some(ip) = load::<Ipv4>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed, Ends::default()) };
     if ip.protocol != IPPROTO_TCP {
         return Parsed::Other;
     }
+    let ends = Ends { src: Addr::v4(ip.src), dst: Addr::v4(ip.dst) };
     // More fragments, or not the first: reassembly forgets the socket that was assigned to a fragment.
     if u16::from_be(ip.fragment) & 0x3fff != 0 {
-        return Parsed::Bad(Reason::Fragment);
+        return Parsed::Bad(Reason::Fragment, ends);
     }
     let header = u32::from(ip.version_ihl & 0x0f) * 4;
-    parse_tcp(
-        ctx,
-        start,
-        offset + header,
-        Addr::v4(ip.src),
-        Addr::v4(ip.dst),
-        u32::from(u16::from_be(ip.total)).wrapping_sub(header),
-    )
+    parse_tcp(ctx, start, offset + header, ends, u32::from(u16::from_be(ip.total)).wrapping_sub(header))
 }
 
 #[repr(C)]
@@ -135,7 +136,8 @@ struct Ipv6 {
 
 #[inline(always)]
 fn parse_v6(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
-    let Some(ip) = load::<Ipv6>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed) };
+    let Some(ip) = load::<Ipv6>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed, Ends::default()) };
+    let ends = Ends { src: ip.src, dst: ip.dst };
     let mut next = ip.next;
     let mut skipped = 0_u32;
     for _ in 0..MAX_EXTENSION_HEADERS {
@@ -143,11 +145,11 @@ fn parse_v6(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
         match next {
             IPPROTO_TCP => {
                 let rest = u32::from(u16::from_be(ip.payload)).wrapping_sub(skipped);
-                return parse_tcp(ctx, start, at, ip.src, ip.dst, rest);
+                return parse_tcp(ctx, start, at, ends, rest);
             }
             IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS | IPPROTO_AH => {
                 let Some([following, length]) = load::<[u8; 2]>(ctx, start, at) else {
-                    return Parsed::Bad(Reason::Malformed);
+                    return Parsed::Bad(Reason::Malformed, ends);
                 };
                 // RFC 8200 counts eight bytes beyond the first eight, RFC 4302 four bytes beyond the first eight.
                 let unit = if next == IPPROTO_AH { 4 } else { 8 };
@@ -156,7 +158,7 @@ fn parse_v6(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
             }
             IPPROTO_FRAGMENT => {
                 let Some([following, _, high, low]) = load::<[u8; 4]>(ctx, start, at) else {
-                    return Parsed::Bad(Reason::Malformed);
+                    return Parsed::Bad(Reason::Malformed, ends);
                 };
                 let later = u16::from_be_bytes([high, low]) & 0xfff8 != 0;
                 // Without its first fragment, which is judged, a later one comes to nothing.
@@ -164,7 +166,7 @@ fn parse_v6(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
                     return Parsed::Other;
                 }
                 if following == IPPROTO_TCP || chain_may_hold_tcp(following) {
-                    return Parsed::Bad(Reason::Fragment);
+                    return Parsed::Bad(Reason::Fragment, ends);
                 }
                 return Parsed::Other;
             }
@@ -172,7 +174,7 @@ fn parse_v6(ctx: &TcContext, start: Start, offset: u32) -> Parsed {
             _ => return Parsed::Other,
         }
     }
-    Parsed::Bad(Reason::HeaderChain)
+    Parsed::Bad(Reason::HeaderChain, ends)
 }
 
 #[inline(always)]
@@ -181,23 +183,23 @@ fn chain_may_hold_tcp(next: u8) -> bool {
 }
 
 #[inline(always)]
-fn parse_tcp(ctx: &TcContext, start: Start, offset: u32, src: Addr, dst: Addr, rest: u32) -> Parsed {
+fn parse_tcp(ctx: &TcContext, start: Start, offset: u32, ends: Ends, rest: u32) -> Parsed {
     // Ports, sequence and acknowledgement numbers, data offset and flags: 14 of the header's 20 bytes.
-    let Some(bytes) = load::<[u16; 7]>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed) };
+    let Some(bytes) = load::<[u16; 7]>(ctx, start, offset) else { return Parsed::Bad(Reason::Malformed, ends) };
     let [data_offset, flags] = bytes[6].to_ne_bytes();
     let header = u32::from(data_offset >> 4) * 4;
     if header < TCP_HEADER_BYTES {
-        return Parsed::Bad(Reason::Malformed);
+        return Parsed::Bad(Reason::Malformed, ends);
     }
     Parsed::Tcp(Segment {
-        src,
-        dst,
+        src: ends.src,
+        dst: ends.dst,
         src_port: bytes[0],
         dst_port: bytes[1],
         flags,
         // A length of zero (segmentation offload beyond 64 KiB) wraps around and counts as payload.
         payload: rest != header,
-        v6: !src.is_v4(),
+        v6: !ends.src.is_v4(),
     })
 }
 

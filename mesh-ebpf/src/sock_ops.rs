@@ -15,7 +15,7 @@ use mesh_ebpf_common::abi::{Addr, Captured, OriginalDst, PeerKey};
 use mesh_ebpf_common::maps::MAX_CAPTURED_PER_WORKLOAD;
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
-use crate::maps::{CAPTURED, NOTE_COUNTS, captured_sockets};
+use crate::maps::{CAPTURED, NOTE_COUNTS, WORKLOADS, captured_sockets};
 use crate::report::{Subject, count, refuse};
 
 const AF_INET: u32 = 2;
@@ -75,6 +75,12 @@ fn key(ops: *mut bpf_sock_ops, note: &Captured) -> PeerKey {
 
 #[inline(always)]
 fn on_connect(ctx: &SockOpsContext, note: &Captured) {
+    // SAFETY: read at once; an entry that is being replaced has the same slot.
+    let slot = unsafe { WORKLOADS.get(note.netns_cookie) }.map(|workload| workload.slot);
+    if slot != Some(note.slot) {
+        // The workload left and this socket is used again. Its slot may be another workload's now.
+        return;
+    }
     let key = key(ctx.ops, note);
     // SAFETY: a helper on the program's own context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };

@@ -143,7 +143,12 @@ pub async fn connect_application(
     to: SocketAddr,
 ) -> io::Result<TcpStream> {
     let (client, captured) = match source.normalised(to) {
-        Source::Any => return connect(namespaces.socket(namespace, to.ip())?, to).await,
+        Source::Any => {
+            let socket = namespaces.socket(namespace, to.ip())?;
+            // As with the client's address: what carries the mark does not leave the workload, whatever its routes say.
+            socket.set_mark(INNER_MARK)?;
+            return connect(socket, to).await;
+        }
         Source::Client(client) => (client, None),
         Source::ClientOfCaptured(client, captured) => (client, Some(captured)),
     };

@@ -2,17 +2,19 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ebpf_common::decide::{ACK, RST, SYN};
 use mesh_ebpf_common::outcome::{Hook, Reason};
-use mesh_tests::capture_bed::packet::{Packet, Raw, Segment};
+use mesh_tests::capture_bed::packet::{Packet, Raw, Segment, syn_behind};
 use mesh_tests::capture_bed::proxy::{Listeners, Mesh, application, reset};
 use mesh_tests::capture_bed::tcp::{bind, connect, local_name};
-use mesh_tests::capture_bed::{Bed, Group, PATIENCE, PEER_V4, POD_V4, counts, eventually, peer_ip, pod_ip, read_line};
+use mesh_tests::capture_bed::{
+    Bed, Group, PATIENCE, PEER_V4, PEER_V6, POD_V4, POD_V6, counts, eventually, peer_ip, pod_ip, read_line,
+};
 use nix::sys::socket::{setsockopt, sockopt};
 
 const ETH_P_IP: u16 = 0x0800;
@@ -94,6 +96,46 @@ fn tcp_from_packet_sockets_is_dropped_and_counted() {
     assert_eq!(mesh.count(Hook::Egress, Reason::Fragment), 1);
     let event = mesh.capture.events().unwrap().poll().expect("an event");
     assert_eq!((event.reason, event.dst), (Reason::PacketSocket, SocketAddr::from((PEER_V4, 8084))));
+}
+
+/// Out and in: the one who looks into a loss must see between whom it was.
+#[test]
+fn what_cannot_be_judged_is_dropped_with_its_addresses() {
+    /// IPv6's destination options, and its fragment header.
+    const OPTIONS: u8 = 60;
+    const FRAGMENT: u8 = 44;
+    let mesh = Mesh::new();
+    let mut events = mesh.capture.events().unwrap();
+    let inside = (Packet::open(&mesh.bed, &mesh.bed.pod, Group::App), [POD_V4.into(), POD_V6.into()]);
+    let outside = (Packet::open(&mesh.bed, &mesh.bed.peer, Group::Outside), [PEER_V4.into(), PEER_V6.into()]);
+    let receiver = mesh.bed.pod.mac("eth0");
+    for (hook, (packet, from), to) in [(Hook::Egress, &inside, outside.1), (Hook::Ingress, &outside, inside.1)] {
+        let whole = Segment::new(SocketAddr::new(from[0], 45000), SocketAddr::new(to[0], 8084), SYN);
+        let (IpAddr::V6(src), IpAddr::V6(dst)) = (from[1], to[1]) else { panic!("the second is IPv6") };
+        let behind = |kinds: &[u8]| {
+            let headers: Vec<(u8, &[u8])> = kinds.iter().map(|kind| (*kind, &[0; 7][..])).collect();
+            syn_behind(SocketAddrV6::new(src, 45000, 0, 0), SocketAddrV6::new(dst, 8084, 0, 0), &headers)
+        };
+        for (reason, v6, bytes) in [
+            (Reason::Fragment, false, whole.clone().more_fragments().bytes()),
+            (Reason::Malformed, false, whole.bytes()[..30].to_vec()),
+            (Reason::Malformed, true, behind(&[])[..50].to_vec()),
+            (Reason::Fragment, true, behind(&[OPTIONS, FRAGMENT])),
+            (Reason::HeaderChain, true, behind(&[OPTIONS; 7])),
+        ] {
+            // A packet socket hears that its frame was dropped on the way out, which is not what this is about.
+            let _lost = packet.send_to(receiver, &[], &bytes);
+            let mut event = None;
+            eventually("an event", || {
+                event = event.or_else(|| events.poll());
+                event.is_some()
+            });
+            let event = event.expect("waited for");
+            let family = usize::from(v6);
+            assert_eq!((event.hook, event.reason), (Some(hook), reason));
+            assert_eq!((event.src.ip(), event.dst.ip()), (from[family], to[family]), "{event:?}");
+        }
+    }
 }
 
 /// An application that binds what an old connection had is not that connection.

@@ -16,7 +16,7 @@ use mesh_node::capture::{Capture, CaptureConfig, CaptureError, EnrollRequest, in
 use mesh_tests::capture_bed::proxy::{Listeners, Mesh, application};
 use mesh_tests::capture_bed::tcp::{connect, local_name};
 use mesh_tests::capture_bed::{
-    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, nameless_netns, pod_ip,
+    Bed, Group, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, nameless_netns, peer_ip, pod_ip,
     program_exists, read_line,
 };
 
@@ -329,4 +329,25 @@ fn a_proxy_whose_listeners_live_on_is_not_retired() {
     drop(stream);
     proxy.stop();
     eventually("the last socket is gone", || capture.retire_proxies().unwrap() == [first_id]);
+}
+
+/// Whatever it was that failed, here the very first thing: nothing comes in, and nothing goes out around the proxy.
+#[test]
+fn a_failed_enrolment_leaves_the_workload_closed() {
+    let bed = Bed::new();
+    let capture = bed.capture();
+    let app = application(&bed, &bed.pod, Group::App, &[SocketAddr::new(pod_ip(false), 8080)]);
+    let outside = application(&bed, &bed.peer, Group::Outside, &[SocketAddr::new(peer_ip(false), 8084)]);
+    let inward = || connect(bed.tcp(&bed.peer, Group::Outside, false), SocketAddr::new(pod_ip(false), 8080), PATIENCE);
+    let outward = || connect(bed.tcp(&bed.pod, Group::App, false), SocketAddr::new(peer_ip(false), 8084), PATIENCE);
+    let mut before = inward().expect("not in the mesh");
+    assert_eq!(read_line(&mut before).unwrap(), "app");
+    let nothing = std::fs::File::open("/dev/null").unwrap();
+    capture.enroll(&bed.request(&[nothing.as_fd()])).expect_err("no listener");
+    assert_eq!(inward().expect_err("closed inward").kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(outward().expect_err("closed outward").kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!((app.accepted(), outside.accepted()), (1, 0));
+    // The next try may work.
+    let listeners = Listeners::open(&bed, &bed.pod);
+    bed.enroll(&capture, &listeners.fds());
 }

@@ -13,7 +13,7 @@ use mesh_node::capture::{Capture, CaptureConfig, EnrollRequest};
 use mesh_tests::capture_bed::proxy::{Listeners, Mesh, Proxy, application};
 use mesh_tests::capture_bed::tcp::{begin_connect, bind, connect, repair};
 use mesh_tests::capture_bed::{
-    Bed, Group, Netns, PATIENCE, PEER_V4, POD_V4, chain, count, counts, eventually, read_line,
+    Bed, Group, Netns, PATIENCE, PEER_V4, POD_V4, POD_V6, chain, count, counts, eventually, read_line,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -140,4 +140,18 @@ fn old_connections_that_find_no_room_end_and_nothing_else() {
     eventually("the others are dropped", || count(&capture, Hook::Egress, Reason::OutsideCgroup) >= u64::from(ROOM));
     assert_eq!(heard.len(), noted);
     Other::enroll(&bed, &capture).is_served(&bed);
+}
+
+/// By its addresses a workload is told apart from others, and at each renewal they are read where its root can set them.
+#[test]
+fn an_enrolled_workload_keeps_its_addresses() {
+    let bed = Bed::new();
+    let capture = bed.capture();
+    let listeners = Listeners::open(&bed, &bed.pod);
+    let fds = listeners.fds();
+    bed.enroll(&capture, &fds);
+    let request = EnrollRequest { v4: Some(OTHER_V4), v6: None, ..bed.request(&fds) };
+    capture.enroll(&request).unwrap_or_else(|e| panic!("{}", chain(&e)));
+    let enrolled = capture.adopt().unwrap();
+    assert_eq!((enrolled[0].v4, enrolled[0].v6), (Some(POD_V4), Some(POD_V6)));
 }

@@ -11,6 +11,7 @@ use mesh_ebpf_common::{INBOUND_PORT, PROXY_PORTS, maps};
 use nix::sys::socket::{SockaddrStorage, getsockname};
 
 use super::error::{CaptureError, context};
+use super::gate::ShutGate;
 use super::guard::Place;
 use super::netns::{Interface, find_netns, in_netns, interfaces, netns_cookie};
 use super::pins::{CLSACT_SUFFIX, GATE, InterfacePin, LOOKUP, entries};
@@ -66,16 +67,41 @@ impl Capture {
     pub fn enroll(&self, request: &EnrollRequest<'_>) -> Result<Enrollment, CaptureError> {
         let uid = request.uid;
         let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
-        let listeners = context(describe(request.listeners), || format!("listeners of {uid}"))?;
+        let directory = self.pins.workload(cookie);
+        context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
+        let shut_gate = if directory.join(GATE).exists() {
+            None
+        } else {
+            let prepared = ShutGate::prepare(self.maps.counters.as_fd());
+            Some(context(prepared, || format!("make a gate for {uid}"))?)
+        };
+        let enrolled = self.enroll_at(cookie, &directory, request);
+        if enrolled.is_err()
+            && let Some(gate) = shut_gate.filter(|_| !directory.join(GATE).exists())
+            && let Err(error) = gate.set(&directory, request.netns)
+        {
+            tracing::error!(workload = uid, %error, "not enrolled, and not closed to what comes in");
+        }
+        enrolled
+    }
+
+    fn enroll_at(
+        &self,
+        cookie: u64,
+        directory: &Path,
+        request: &EnrollRequest<'_>,
+    ) -> Result<Enrollment, CaptureError> {
+        let uid = request.uid;
+        let listeners = context(describe(request.listeners), || format!("listeners of {uid}"));
         let mut guard = self.programs();
         let _alone = self.lock()?;
         let programs = &mut *guard;
-        let first_time = !self.pins.workload(cookie).join(LOOKUP).exists();
-        // Places of workloads are given out here, too.
-        let slot = self.register(cookie, request, &listeners)?;
-        let directory = self.pins.workload(cookie);
-        context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
-        let place = Place { name: uid, cookie, netns: request.netns, directory: &directory };
+        let first_time = !directory.join(LOOKUP).exists();
+        // Places of workloads are given out here, too. Before anything can fail: what the workload starts is captured.
+        let slot = self.register(cookie, request)?;
+        let listeners = listeners?;
+        self.register_listeners(cookie, &listeners)?;
+        let place = Place { name: uid, cookie, netns: request.netns, directory };
         let inside = in_netns(request.netns, || {
             let diag = context(SockDiag::open(), || format!("list sockets of {uid}"))?;
             let sockets = || context(diag.sockets(), || format!("list sockets of {uid}"));
@@ -99,7 +125,7 @@ impl Capture {
         });
         let (interfaces, node_ends, preexisting) =
             context(inside, || format!("enter the network namespace of {uid}"))??;
-        self.attach_lookup(&guard, &directory, request)?;
+        self.attach_lookup(&guard, directory, request)?;
         Ok(Enrollment { cookie, interfaces, node_ends, preexisting })
     }
 
@@ -123,24 +149,34 @@ impl Capture {
             context(sys::remove(self.maps.listeners.as_fd(), &key), what)?;
         }
         self.forget_flows(cookie)?;
+        // Last: by it the next process finds what an unfinished one has left.
         context(sys::remove(self.maps.workloads.as_fd(), &cookie), what)?;
-        Ok(())
+        // What was noted in between.
+        self.forget_flows(cookie)
     }
 
     /// Tells the programs of the workload; returns its place among all.
-    fn register(&self, cookie: u64, request: &EnrollRequest<'_>, ours: &[Listener<'_>]) -> Result<u32, CaptureError> {
+    ///
+    /// Its addresses are those of the first time: at a renewal its root may have others in the namespace, also such as belong
+    /// to another workload.
+    fn register(&self, cookie: u64, request: &EnrollRequest<'_>) -> Result<u32, CaptureError> {
         let what = || format!("register {}", request.uid);
         let before: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
-        let slot = match before {
-            Some(workload) => workload.slot,
-            None => self.free_slot()?,
+        let workload = match before {
+            Some(known) => Workload { generation: known.generation + 1, ..known },
+            None => Workload {
+                v4: request.v4.map_or(0, |v4| v4.to_bits().to_be()),
+                slot: self.free_slot()?,
+                v6: request.v6.map_or_else(Addr::default, |v6| Addr::from(IpAddr::V6(v6))),
+                generation: 1,
+            },
         };
-        let workload = Workload {
-            v4: request.v4.map_or(0, |v4| v4.to_bits().to_be()),
-            slot,
-            v6: request.v6.map_or_else(Addr::default, |v6| Addr::from(IpAddr::V6(v6))),
-            generation: before.map_or(0, |w| w.generation) + 1,
-        };
+        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &workload)?;
+        Ok(workload.slot)
+    }
+
+    /// Tells the programs of the proxy's plaintext listeners.
+    fn register_listeners(&self, cookie: u64, ours: &[Listener<'_>]) -> Result<(), CaptureError> {
         for listener in ours.iter().filter(|listener| listener.address.port() == INBOUND_PORT) {
             let fd = std::os::fd::AsRawFd::as_raw_fd(&listener.fd).cast_unsigned();
             let tag = ListenerTag { netns_cookie: cookie };
@@ -149,8 +185,7 @@ impl Capture {
             let key = ListenerKey { netns_cookie: cookie, family: family.cast_unsigned(), reserved: 0 };
             insert(&self.maps.listeners, maps::LISTENERS, &key, &fd)?;
         }
-        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &workload)?;
-        Ok(slot)
+        Ok(())
     }
 
     fn free_slot(&self) -> Result<u32, CaptureError> {

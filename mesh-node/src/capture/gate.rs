@@ -6,7 +6,7 @@
 //! has a gate of its own, put together here, with the guarded interfaces as constants.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use mesh_ebpf_common::outcome::{Hook, Reason, counter_index};
@@ -29,13 +29,42 @@ pub(super) fn set(
     counters: BorrowedFd<'_>,
     guarded: &[u32],
 ) -> io::Result<()> {
+    put(directory, netns, load(counters, guarded)?.as_fd())
+}
+
+/// A gate that is made beforehand, for a namespace that could not be captured as a whole: nothing comes in from outside. To
+/// set it takes no more descriptors than it holds, because that these ran out may be the reason.
+pub(super) struct ShutGate {
+    program: OwnedFd,
+    spare: OwnedFd,
+}
+
+impl ShutGate {
+    /// Makes it.
+    pub(super) fn prepare(counters: BorrowedFd<'_>) -> io::Result<Self> {
+        let program = load(counters, &[])?;
+        let spare = program.try_clone()?;
+        Ok(Self { program, spare })
+    }
+
+    /// Sets it.
+    pub(super) fn set(self, directory: &Path, netns: BorrowedFd<'_>) -> io::Result<()> {
+        drop(self.spare);
+        put(directory, netns, self.program.as_fd())
+    }
+}
+
+fn load(counters: BorrowedFd<'_>, guarded: &[u32]) -> io::Result<OwnedFd> {
     let interfaces: Vec<u32> = INSIDE.iter().chain(guarded).copied().collect();
-    let program = sys::load_lookup(NAME, &instructions(&interfaces, counters)?)?;
+    sys::load_lookup(NAME, &instructions(&interfaces, counters)?)
+}
+
+fn put(directory: &Path, netns: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let pin = directory.join(GATE);
     match sys::open_pin(&pin) {
-        Ok(link) => sys::update_link(link.as_fd(), program.as_fd()),
+        Ok(link) => sys::update_link(link.as_fd(), program),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let link = sys::link(program.as_fd(), Target::Fd(netns), AttachType::SkLookup, 0)?;
+            let link = sys::link(program, Target::Fd(netns), AttachType::SkLookup, 0)?;
             sys::pin(link.as_fd(), &pin)
         }
         Err(error) => Err(error),

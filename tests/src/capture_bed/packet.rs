@@ -1,12 +1,13 @@
 //! Hand-made TCP segments.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::{Bed, Group, Netns};
 
 const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
 const IP_HEADER_BYTES: usize = 20;
 const TCP_HEADER_BYTES: usize = 20;
 /// "More fragments" in IPv4's flags.
@@ -111,7 +112,32 @@ impl Raw {
     }
 }
 
-/// An Ethernet frame with an IPv4 packet in it.
+/// A SYN over IPv6, behind these extension headers: kind of each, and its bytes but the first, which names what follows.
+pub fn syn_behind(src: SocketAddrV6, dst: SocketAddrV6, headers: &[(u8, &[u8])]) -> Vec<u8> {
+    const IPPROTO_TCP: u8 = 6;
+    const SYN: u8 = 0x02;
+    let kinds = headers.iter().map(|(kind, _)| *kind).chain([IPPROTO_TCP]);
+    let mut kinds = kinds.collect::<Vec<_>>().into_iter();
+    let first = kinds.next().unwrap_or(IPPROTO_TCP);
+    let mut rest = Vec::new();
+    for ((_, bytes), following) in headers.iter().zip(kinds) {
+        rest.push(following);
+        rest.extend(*bytes);
+    }
+    rest.extend(src.port().to_be_bytes());
+    rest.extend(dst.port().to_be_bytes());
+    // Without a sum: who receives it would drop it, but must not be asked.
+    rest.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, SYN, 0xff, 0xff, 0, 0, 0, 0]);
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(u16::try_from(rest.len()).expect("a small packet").to_be_bytes());
+    packet.extend([first, 64]);
+    packet.extend(src.ip().octets());
+    packet.extend(dst.ip().octets());
+    packet.extend(rest);
+    packet
+}
+
+/// An Ethernet frame with an IP packet in it.
 pub fn frame(receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> Vec<u8> {
     let mut frame = receiver.to_vec();
     frame.extend([2, 0, 0, 0, 0, 1]);
@@ -119,7 +145,8 @@ pub fn frame(receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> Vec<u8> {
         frame.extend(0x8100_u16.to_be_bytes());
         frame.extend(tag.to_be_bytes());
     }
-    frame.extend(ETH_P_IP.to_be_bytes());
+    let ethertype = if packet.first().is_some_and(|first| first >> 4 == 6) { ETH_P_IPV6 } else { ETH_P_IP };
+    frame.extend(ethertype.to_be_bytes());
     frame.extend(packet);
     frame
 }
@@ -155,7 +182,7 @@ impl Packet {
         assert_eq!(set, 0, "PACKET_QDISC_BYPASS");
     }
 
-    /// Sends an IPv4 packet to one receiver, inside these VLAN tags.
+    /// Sends an IP packet to one receiver, inside these VLAN tags.
     pub fn send_to(&self, receiver: [u8; 6], tags: &[u16], packet: &[u8]) -> io::Result<()> {
         self.send_frame(ETH_P_IP, &frame(receiver, tags, packet))
     }
