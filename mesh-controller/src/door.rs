@@ -8,7 +8,7 @@ use tonic::{Request, Status};
 
 use crate::limit::QuietLog;
 use crate::metrics::Metrics;
-use crate::server::PeerAddr;
+use crate::server::Peer;
 use crate::token::{NodeToken, TokenKey, TokenRefusal};
 
 /// Checks tokens, counts refusals and logs them once per peer and minute.
@@ -27,7 +27,7 @@ impl Door {
 
     /// The node that a call comes from.
     pub fn admit<T>(&self, request: &Request<T>) -> Result<(NodeToken, SocketAddr), Status> {
-        let peer = request.extensions().get::<PeerAddr>().map(|peer| peer.0);
+        let peer = request.extensions().get::<Peer>();
         // Absent only if the service were mounted behind another listener.
         let peer = peer.ok_or_else(|| Status::internal("the connection has no peer address"))?;
         let mut tokens = request.metadata().get_all("authorization").iter();
@@ -37,11 +37,17 @@ impl Door {
             (None | Some(_), _) => None,
         };
         let verified = token.ok_or(TokenRefusal::Missing).and_then(|token| self.key.verify(token.trim(), unix_now()));
-        verified.map(|token| (token, peer)).map_err(|refusal| {
-            self.metrics.refuse("token");
-            self.note(peer, &refusal.to_string());
-            Status::unauthenticated(refusal.to_string())
-        })
+        match verified {
+            Ok(token) => {
+                peer.introduce();
+                Ok((token, peer.address))
+            }
+            Err(refusal) => {
+                self.metrics.refuse("token");
+                self.note(peer.address, &refusal.to_string());
+                Err(Status::unauthenticated(refusal.to_string()))
+            }
+        }
     }
 
     /// Logs a refusal, at most once a minute for each peer address.

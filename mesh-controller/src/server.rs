@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use rustls::sign::CertifiedKey;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
@@ -31,11 +32,13 @@ use crate::metrics::Metrics;
 
 /// Connections at once; each node has one or two.
 pub const MAX_CONNECTIONS: usize = 8192;
-/// Connections at once from one address, so that one peer cannot take the room of all: handshakes need no token. Enough for
+/// Connections at once from one address (of IPv6: one /64, which is what a host has), so that one peer cannot take the room of all: handshakes need no token. Enough for
 /// 256 nodes behind one translated address.
 pub const MAX_PER_PEER: u32 = 512;
 /// Handshakes at once.
 const MAX_HANDSHAKES: usize = 2048;
+/// Time from a handshake to the first call with a good token. Without one a connection only takes room.
+const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Wait after an error of `accept`, doubled up to [`MAX_BACKOFF`] while errors go on.
@@ -43,9 +46,20 @@ const MIN_BACKOFF: Duration = Duration::from_millis(10);
 /// Longest wait after an error of `accept`.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
-/// Address of the other end.
-#[derive(Debug, Clone, Copy)]
-pub struct PeerAddr(pub SocketAddr);
+/// The other end.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    introduced: Arc<AtomicBool>,
+}
+
+impl Peer {
+    /// It has shown a good token: its connection may stay.
+    pub fn introduce(&self) {
+        self.introduced.store(true, Ordering::Relaxed);
+    }
+}
 
 /// The certificate that the server shows, replaced in place.
 #[derive(Debug, Default)]
@@ -86,7 +100,9 @@ pub fn tls_acceptor(certificate: Arc<ServerCertificate>) -> Result<TlsAcceptor, 
 #[derive(Debug)]
 pub struct Connection {
     tls: TlsStream<TcpStream>,
-    peer: SocketAddr,
+    peer: Peer,
+    /// When it ends unless the peer has introduced itself; none when it has.
+    until: Option<Pin<Box<Sleep>>>,
     _permit: OwnedSemaphorePermit,
     _seat: Seat,
 }
@@ -104,6 +120,10 @@ struct Seat {
 
 impl Peers {
     fn seat(&self, ip: IpAddr) -> Option<Seat> {
+        let ip = match ip.to_canonical() {
+            IpAddr::V4(v4) => IpAddr::V4(v4),
+            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        };
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(ip).or_default();
         if *count >= MAX_PER_PEER {
@@ -140,6 +160,7 @@ pub fn incoming(
         room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         peers: Peers::default(),
         backoff: MIN_BACKOFF,
+        accept_at: None,
         quiet: Mutex::default(),
     };
     stream::unfold(state, |mut state| async move {
@@ -158,18 +179,23 @@ struct Incoming {
     room: Arc<Semaphore>,
     peers: Peers,
     backoff: Duration,
+    /// After an error of `accept`: when to try again.
+    accept_at: Option<Instant>,
     quiet: Mutex<QuietLog>,
 }
 
 impl Incoming {
     async fn next(&mut self) -> Connection {
         loop {
-            let may_accept = self.handshakes.len() < MAX_HANDSHAKES;
+            let may_accept = self.handshakes.len() < MAX_HANDSHAKES && self.accept_at.is_none();
+            let accept_at = self.accept_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 Some(done) = self.handshakes.next() => match done {
                     Ok(connection) => return connection,
                     Err((peer, reason)) => self.refused("handshake", &peer.ip().to_string(), &reason),
                 },
+                // Handshakes that are under way go on meanwhile: they free descriptors.
+                () = sleep_until(accept_at), if self.accept_at.is_some() => self.accept_at = None,
                 accepted = self.listener.accept(), if may_accept => match accepted {
                     Ok((tcp, peer)) => {
                         self.backoff = MIN_BACKOFF;
@@ -178,17 +204,12 @@ impl Incoming {
                     Err(error) => {
                         // EMFILE, ECONNABORTED and others: the listener itself is still good.
                         self.refused("accept", "", &error.to_string());
-                        self.wait().await;
+                        self.accept_at = Some(Instant::now() + self.backoff);
+                        self.backoff = (self.backoff * 2).min(MAX_BACKOFF);
                     }
                 },
             }
         }
-    }
-
-    /// Backs off, while handshakes that are under way go on (they free descriptors).
-    async fn wait(&mut self) {
-        sleep(self.backoff).await;
-        self.backoff = (self.backoff * 2).min(MAX_BACKOFF);
     }
 
     fn begin(&mut self, tcp: TcpStream, peer: SocketAddr) {
@@ -205,7 +226,11 @@ impl Incoming {
             // A failure shows in the handshake.
             let _ = tcp.set_nodelay(true);
             match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
-                Ok(Ok(tls)) => Ok(Connection { tls, peer, _permit: permit, _seat: seat }),
+                Ok(Ok(tls)) => {
+                    let peer = Peer { address: peer, introduced: Arc::default() };
+                    let until = Some(Box::pin(sleep(INTRODUCTION_TIMEOUT)));
+                    Ok(Connection { tls, peer, until, _permit: permit, _seat: seat })
+                }
                 Ok(Err(error)) => Err((peer, format!("TLS handshake: {error}"))),
                 Err(_) => Err((peer, "TLS handshake: too slow".to_owned())),
             }
@@ -222,16 +247,25 @@ impl Incoming {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = PeerAddr;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> PeerAddr {
-        PeerAddr(self.peer)
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_read(cx, buf)
+        let this = &mut *self;
+        if let Some(until) = &mut this.until {
+            if this.peer.introduced.load(Ordering::Relaxed) {
+                this.until = None;
+            } else if until.as_mut().poll(cx).is_ready() {
+                // A server reads all the time, so that this ends it.
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        Pin::new(&mut this.tls).poll_read(cx, buf)
     }
 }
 

@@ -105,6 +105,33 @@ async fn garbage_within_tls_disturbs_nobody() {
     is_well(&mesh).await;
 }
 
+/// With TLS, and then nothing, or answers to pings at most.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_no_token_may_not_stay() {
+    let mesh = Mesh::start(&[("web.yaml", &web())]).await;
+    let mut node = mesh.stream("node-a").await;
+    node.subscribe(ADDRESS).await;
+    assert_eq!(names(&node.next().await), [WEB]);
+    let mut config = tls_config(&mesh.roots());
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    let began = Instant::now();
+    let stay = async |hello: &[u8]| {
+        let tcp = TcpStream::connect(mesh.address).await.unwrap();
+        let mut tls = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap();
+        tls.write_all(hello).await.unwrap();
+        let mut rest = Vec::new();
+        // An error is an end, too.
+        let _ = tokio::time::timeout(DEADLINE, tls.read_to_end(&mut rest)).await.expect("it is ended");
+    };
+    // The preface, and SETTINGS without any.
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    tokio::join!(stay(b""), stay(preface));
+    assert!(began.elapsed() >= std::time::Duration::from_secs(9), "{:?}", began.elapsed());
+    mesh.write("db.yaml", &pod("db", "node-b", "db", "10.0.0.2"));
+    assert_eq!(names(&node.next().await), ["Kubernetes//Pod/default/db"], "who has shown one stays");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_address_cannot_take_all_the_room() {
     let mesh = Mesh::start(&[("web.yaml", &web())]).await;
