@@ -16,6 +16,10 @@ use super::table::{Cell, Origin, Row, Table};
 const PROOF_SECS: f64 = 0.1;
 /// Processes give back what starting up took.
 const SETTLED_AFTER: Duration = Duration::from_secs(5);
+/// And what opening many connections at once took.
+const IDLE_AFTER: Duration = Duration::from_secs(3);
+/// How long idle connections are held, seconds.
+const IDLE_SECS: f64 = 5.0;
 
 /// One row of the matrix.
 #[derive(Debug, Clone, Copy)]
@@ -156,12 +160,13 @@ fn measured(plan: &Plan, places: &[(System, Place)]) -> Result<Table> {
 /// Growth of the proxies' memory by idle connections, KiB each.
 fn idle_kib(plan: &Plan, place: &Place, distance: Distance) -> Result<f64> {
     let before = place.proxies_rss_kib()?;
-    let mut command = place.client(distance, Work::Idle, plan.idle_connections, 2.0)?;
+    let mut command = place.client(distance, Work::Idle, plan.idle_connections, IDLE_SECS)?;
     let mut client = command.stdout(Stdio::piped()).spawn().context("load client")?;
     let mut lines = BufReader::new(client.stdout.take().context("output of the load client")?);
     let mut line = String::new();
     lines.read_line(&mut line).context("first line of the load client")?;
     anyhow::ensure!(line.trim() == "opened", "the idle connections did not open: {line}");
+    std::thread::sleep(IDLE_AFTER);
     let after = place.proxies_rss_kib()?;
     client.wait().context("load client")?;
     Ok((after as f64 - before as f64) / plan.idle_connections as f64)
