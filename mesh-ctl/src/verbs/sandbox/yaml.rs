@@ -36,6 +36,7 @@ struct Published {
 pub(super) fn apply(global: &Global, sandbox: &Sandbox, file: &Path) -> Output {
     let text = std::fs::read_to_string(file).map_err(|e| anyhow!(BadInput(format!("{}: {e}", file.display()))))?;
     let place = place(sandbox, file)?;
+    let replaces = std::fs::read_to_string(&place).is_ok_and(|last| last != text);
     let before = published(sandbox)?;
     files::replace(&place, &text, 0o600)?;
     let problems: Vec<Problem> = check(sandbox)?.into_iter().filter(|p| Path::new(&p.file) == place).collect();
@@ -44,7 +45,9 @@ pub(super) fn apply(global: &Global, sandbox: &Sandbox, file: &Path) -> Output {
         problems.into_iter().map(|p| Problem { file: file.display().to_string(), ..p }).collect();
     let mut text = String::new();
     if View::of(global).is_table() {
-        text += &format!("{} applied, {}\n", file.display(), changes(&before, &after));
+        // Files are known by their names, wherever they were: what replaces another one must not do so unsaid.
+        let instead = if replaces { " in place of the last file of that name" } else { "" };
+        text += &format!("{} applied{instead}, {}\n", file.display(), changes(&before, &after));
     }
     if !problems.is_empty() || !View::of(global).is_table() {
         let rows: Vec<_> = problems.iter().cloned().map(overview::ProblemRow).collect();
