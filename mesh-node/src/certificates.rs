@@ -23,6 +23,7 @@ use tonic::transport::Channel;
 
 use crate::ca_client::{self, CaError, Issued};
 use crate::controller::{ControllerConfig, parse_certificates};
+use crate::enrol::MAX_WORKLOADS;
 use crate::runtime::{CertifiedIdentity, Shared};
 use crate::supervisor::client::StoreClient;
 use crate::supervisor::memfd;
@@ -33,8 +34,8 @@ mod rows;
 
 use self::roots::{RequestNumber, Roots};
 
-/// Commands that wait: one for each workload that is being enrolled, and room.
-const COMMAND_QUEUE: usize = 1024;
+/// Commands that wait: what all workloads of a node want at once when they are adopted, and what they give up.
+const COMMAND_QUEUE: usize = 2 * MAX_WORKLOADS;
 /// Callers that wait for one identity's first certificate.
 const MAX_WAITERS: usize = 1024;
 /// Requests under way at once; more wait.
@@ -82,7 +83,7 @@ impl CertificatesHandle {
     pub fn want(&self, id: SpiffeId) -> impl Future<Output = Result<(), String>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
         let sent = self.commands.try_send(Command::Want(id, reply)).map_err(|error| match error {
-            TrySendError::Full(_) => "more certificates are asked for at once than this node has workloads",
+            TrySendError::Full(_) => "too many certificates are asked for at once",
             TrySendError::Closed(_) => STOPPED,
         });
         async move {

@@ -182,7 +182,7 @@ fn free_port(captured: &CapturedAddresses, client: IpAddr, to: SocketAddr) -> u1
 }
 
 impl Source<'_> {
-    /// Loopback and unspecified addresses, those of another family, and the destination's own cannot be carried.
+    /// Loopback, unspecified and multicast addresses, and those of another family, cannot be carried.
     fn normalised(self, to: SocketAddr) -> Self {
         let usable = |ip: IpAddr| {
             ip.is_ipv4() == to.is_ipv4() && !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast()

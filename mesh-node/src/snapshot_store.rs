@@ -22,6 +22,10 @@ use sha2::{Digest, Sha256};
 
 /// Name of the file in the state directory.
 const FILE: &str = "snapshot";
+/// Name of the file with the last turn that was drawn.
+const TURN: &str = "turn";
+/// Where no turn can be drawn.
+const FIRST_TURN: u64 = 1;
 /// First word of the file; another version of the format gets another one.
 const FORMAT: &str = "mesh-snapshot-2";
 /// End of the name of a file that is being written.
@@ -56,10 +60,12 @@ pub struct Storage {
 impl Storage {
     /// Takes the next turn in a state directory, and reads what the last one stored.
     pub fn open(dir: PathBuf) -> (Self, Result<Option<Stored>, StoreError>) {
-        // Also of a damaged one, which is to be replaced.
-        let last = turn_of(&dir.join(FILE)).unwrap_or(0);
         let stored = load(&dir);
-        (Self { dir, turn: last.saturating_add(1) }, stored)
+        let turn = next_turn(&dir).unwrap_or_else(|error| {
+            tracing::warn!(dir = %dir.display(), %error, "no turn at the stored configuration; another process may write over it");
+            FIRST_TURN
+        });
+        (Self { dir, turn }, stored)
     }
 
     /// As [`save`].
@@ -180,6 +186,21 @@ pub fn save(state_dir: &Path, turn: u64, snapshot: &Snapshot, versions: &[Versio
         return Err(error);
     }
     directory.sync_all()
+}
+
+/// Draws a turn that no other process has.
+fn next_turn(state_dir: &Path) -> io::Result<u64> {
+    let directory = File::open(state_dir)?;
+    directory.lock()?;
+    let path = state_dir.join(TURN);
+    let drawn = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    // Also that of a damaged configuration, which is to be replaced.
+    let stored = turn_of(&state_dir.join(FILE)).unwrap_or(0);
+    let turn = drawn.max(stored).saturating_add(1);
+    let new = state_dir.join(format!("{TURN}{UNFINISHED}"));
+    fs::write(&new, format!("{turn}\n"))?;
+    fs::rename(&new, &path)?;
+    Ok(turn)
 }
 
 /// The turn of a stored configuration; none if there is none, or no whole first line.

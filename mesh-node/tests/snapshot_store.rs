@@ -128,6 +128,8 @@ fn what_a_successor_stored_stays() {
     let (predecessor, nothing) = Storage::open(dir.0.clone());
     assert!(nothing.unwrap().is_none());
     predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
+    // One that found everything as it should be, and stored nothing.
+    let (_idle, _) = Storage::open(dir.0.clone());
     let (successor, found) = Storage::open(dir.0.clone());
     assert_eq!(found.unwrap().unwrap().changes.len(), 4);
     // It goes on for as long as nobody else has stored: the next one may fail.
@@ -139,6 +141,17 @@ fn what_a_successor_stored_stays() {
     successor.save(&snapshot(5, "node-b"), &Default::default()).unwrap();
     assert_eq!(read(&dir.0), (vec!["node-b".to_owned()], 5, 1));
     assert!(unfinished(&dir.0).is_empty());
+}
+
+#[test]
+fn no_two_processes_have_one_turn() {
+    let dir = TempDir::new("turn");
+    save(&dir.0, 1, &snapshot(1, "node-a"), &Default::default()).unwrap();
+    let (predecessor, _) = Storage::open(dir.0.clone());
+    let (successor, _) = Storage::open(dir.0.clone());
+    successor.save(&snapshot(4, "node-b"), &Default::default()).unwrap();
+    predecessor.save(&snapshot(3, "node-a"), &Default::default()).unwrap();
+    assert_eq!(read(&dir.0), (vec!["node-b".to_owned()], 4, 1));
 }
 
 #[test]

@@ -357,6 +357,11 @@ impl Supervisor {
     }
 
     fn hear_predecessor(&mut self) {
+        if let Some(predecessor) = &mut self.predecessor
+            && let Err(error) = predecessor.peer.flush(&self.store)
+        {
+            debug!(%error, "the previous supervisor does not hear us");
+        }
         for _ in 0..MESSAGES_PER_TURN {
             let Some(predecessor) = &self.predecessor else { return };
             match predecessor.peer.hear() {
