@@ -254,27 +254,35 @@ impl Connected for Connection {
     }
 }
 
+impl Connection {
+    /// An error when the peer has not introduced itself in time. Asked before each use: a server always waits either for
+    /// something to read, or for a peer that does not read.
+    fn may_stay(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(until) = &mut self.until else { return Ok(()) };
+        if self.peer.introduced.load(Ordering::Relaxed) {
+            self.until = None;
+        } else if until.as_mut().poll(cx).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+}
+
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        if let Some(until) = &mut this.until {
-            if this.peer.introduced.load(Ordering::Relaxed) {
-                this.until = None;
-            } else if until.as_mut().poll(cx).is_ready() {
-                // A server reads all the time, so that this ends it.
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
-        }
-        Pin::new(&mut this.tls).poll_read(cx, buf)
+        self.may_stay(cx)?;
+        Pin::new(&mut self.tls).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.may_stay(cx)?;
         Pin::new(&mut self.tls).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.may_stay(cx)?;
         Pin::new(&mut self.tls).poll_flush(cx)
     }
 

@@ -126,7 +126,15 @@ async fn who_shows_no_token_may_not_stay() {
     };
     // The preface, and SETTINGS without any.
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-    tokio::join!(stay(b""), stay(preface));
+    // Pings whose answers nobody reads fill the way back, and no more of them is read.
+    let pings: Vec<u8> = [&preface[..], &b"\0\0\x08\x06\0\0\0\0\0pingping".repeat(1 << 20)].concat();
+    let deaf = async {
+        let tcp = connect_from(78, mesh.address).await.unwrap();
+        let mut tls = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap();
+        let written = tokio::time::timeout(DEADLINE, tls.write_all(&pings)).await.expect("it is ended");
+        written.expect_err("it was not to be read to its end");
+    };
+    tokio::join!(stay(b""), stay(preface), deaf);
     assert!(began.elapsed() >= std::time::Duration::from_secs(9), "{:?}", began.elapsed());
     mesh.write("db.yaml", &pod("db", "node-b", "db", "10.0.0.2"));
     assert_eq!(names(&node.next().await), ["Kubernetes//Pod/default/db"], "who has shown one stays");
