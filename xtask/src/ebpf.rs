@@ -78,6 +78,11 @@ fn require_linker() -> Result<()> {
     }
 }
 
+/// Whether there is a compiler for the kernel programs.
+pub(crate) fn has_compiler() -> bool {
+    toolchain().is_ok()
+}
+
 fn toolchain() -> Result<Toolchain> {
     if let Some(sysroot) = stdout(rustup_rustc("nightly").args(["--print", "sysroot"]))
         && has_core_source(Path::new(&sysroot))
@@ -93,7 +98,7 @@ fn toolchain() -> Result<Toolchain> {
     }
     bail!(
         "no compiler can build the kernel programs; install one with: \
-         rustup toolchain install nightly --component rust-src   or, on Debian: apt-get install rustc-web rust-web-src"
+         rustup toolchain install nightly --component rust-src   or, on Debian (with its security updates): apt-get install rustc-web rust-web-src"
     )
 }
 

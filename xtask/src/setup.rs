@@ -5,13 +5,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::process;
+use crate::{ebpf, process};
 
 /// The version that the kernel programs are linked and tested with.
 const BPF_LINKER: &str = "0.10.3";
@@ -48,8 +48,9 @@ const fn program(name: &'static str, why: &'static str, packages: &'static [&'st
 }
 
 /// In the order of installation: bpf-linker is compiled, so the compiler comes first.
-const PARTS: [Part; 21] = [
+const PARTS: [Part; 22] = [
     program("cc", "links every crate and compiles the cryptography", &["gcc", "libc6-dev"]),
+    program("make", "compiles the node proxy's allocator", &["make"]),
     program("git", "tells tidy which files are ours", &["git"]),
     program("ip", "a look into the sandbox's network namespaces", &["iproute2"]),
     program("curl", "a real HTTP client for tests and sandbox", &["curl"]),
@@ -106,7 +107,7 @@ const PARTS: [Part; 21] = [
     Part {
         name: "rust-src",
         why: "core is compiled anew for the kernel's machine",
-        probe: Probe::Custom(has_core_source),
+        probe: Probe::Custom(ebpf::has_compiler),
         source: Source::Packages { names: &["rustc-web", "rust-web-src"], services: &[] },
     },
     Part {
@@ -143,15 +144,6 @@ fn has_postgres() -> bool {
 
 fn has_lints() -> bool {
     process::succeeds("cargo", &["clippy", "--version"]) && process::succeeds("cargo", &["fmt", "--version"])
-}
-
-/// The nightly toolchain's source of core, or that of Debian's `rustc-web`.
-fn has_core_source() -> bool {
-    let core = "lib/rustlib/src/rust/library/core/src/lib.rs";
-    let mut nightly = Command::new("rustup");
-    nightly.args(["run", "nightly", "rustc", "--print", "sysroot"]);
-    let nightly = process::output(nightly).is_ok_and(|sysroot| PathBuf::from(sysroot.trim()).join(core).is_file());
-    nightly || (Path::new("/usr/bin/rustc").is_file() && Path::new("/usr").join(core).is_file())
 }
 
 fn has_bpf_linker() -> bool {
