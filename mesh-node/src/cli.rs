@@ -66,6 +66,13 @@ fn still_attached(cgroup: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
+    if !args.force && capture::is_serving(&args.bpffs)? {
+        anyhow::bail!(
+            "a node proxy serves the workloads that are captured in {}: end it first, or they are open while it still \
+             believes to guard them (--force does it all the same)",
+            args.bpffs.display()
+        );
+    }
     let removed = capture::cleanup(&args.bpffs)?;
     for what in &removed {
         println!("removed {what}");

@@ -48,6 +48,9 @@ pub struct CleanupArgs {
     /// Cgroup that was captured; programs that are still attached to it are named
     #[arg(long, env = "MESH_CGROUP", value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
+    /// Also while a node proxy serves the workloads: from then on everything goes around it
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Flags of `run`, and of the `proxy` that it starts with the same ones.

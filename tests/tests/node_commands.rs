@@ -43,6 +43,9 @@ fn a_configuration_that_cannot_work_ends_the_node_proxy_once_with_the_reason() {
 fn cleanup_removes_all_that_was_pinned_or_attached_and_says_so() {
     let mut bed = MeshBed::up("clean", two_nodes());
     let far = bed.address("far");
+    let in_use = mesh_node(&["cleanup", "--bpffs", &bed.sandbox.layout.bpf().join("node-b").display().to_string()]);
+    assert!(!in_use.status.success() && text(&in_use.stderr).contains("end it first"), "{}", text(&in_use.stderr));
+    bed.stream("client", far).wait("traffic as before", Attempt::is_ok);
     for node in ["node-a", "node-b"] {
         bed.sandbox.end_part(&Part::Node(node.into())).unwrap();
     }

@@ -4,10 +4,14 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use mesh_ebpf_common::abi::ListenerKey;
+use mesh_ebpf_common::maps;
+
 use super::enroll::remove_pins;
 use super::error::{CaptureError, context};
 use super::netns::find_netns;
 use super::pins::{Pins, entries};
+use super::sys;
 
 /// Removes everything below `bpffs` that capture made and says what. Afterwards nothing is captured on this node.
 ///
@@ -29,6 +33,17 @@ pub fn cleanup(bpffs: &Path) -> Result<Vec<String>, CaptureError> {
         }
     }
     Ok(removed)
+}
+
+/// Whether a process serves workloads that are captured here: listeners leave their map when they are closed.
+pub fn is_serving(bpffs: &Path) -> Result<bool, CaptureError> {
+    let pin = Pins::new(bpffs).map(maps::LISTENERS);
+    let what = || format!("read {}", pin.display());
+    match sys::open_pin(&pin) {
+        Ok(map) => Ok(!context(sys::keys::<ListenerKey>(map.as_fd(), maps::MAX_LISTENERS), what)?.is_empty()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => context(Err(error), what),
+    }
 }
 
 fn remove_tree(path: &Path, removed: &mut Vec<String>) -> Result<(), CaptureError> {

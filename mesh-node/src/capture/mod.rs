@@ -39,7 +39,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 pub use cgroup::own_cgroup;
-pub use cleanup::cleanup;
+pub use cleanup::{cleanup, is_serving};
 pub use enroll::{EnrollRequest, Enrollment};
 pub use error::CaptureError;
 pub use events::{CaptureEvent, Events};
