@@ -11,6 +11,14 @@ use crate::config::LogFormat;
 /// What is logged unless `RUST_LOG` says otherwise.
 const DEFAULT_FILTER: &str = "info";
 
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Stricter than `RUST_LOG`, where a mistyped level is the name of a module of which everything is logged.
+fn is_directive(text: &str) -> bool {
+    let (module, level) = text.split_once('=').unwrap_or(("", text));
+    LEVELS.contains(&level) && module.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_:".contains(&byte))
+}
+
 /// Reads and changes what is logged.
 #[derive(Debug, Clone)]
 pub struct LogHandle(reload::Handle<EnvFilter, Registry>);
@@ -23,6 +31,9 @@ impl LogHandle {
 
     /// Changes what is logged from now on. An error names what is wrong with `filter`.
     pub fn set(&self, filter: &str) -> Result<(), String> {
+        if let Some(wrong) = filter.split(',').find(|directive| !is_directive(directive)) {
+            return Err(format!("`{wrong}` is neither LEVEL nor MODULE=LEVEL; levels are {}", LEVELS.join(", ")));
+        }
         let parsed = EnvFilter::try_new(filter).map_err(|error| format!("`{filter}`: {error}"))?;
         self.0.reload(parsed).map_err(|error| error.to_string())
     }
@@ -58,7 +69,9 @@ mod tests {
         handle.set("debug,h2=warn").expect("good");
         let now = handle.filter();
         assert!(now.contains("h2=warn") && now.contains("debug"), "{now}");
-        assert!(handle.set("h2=loud=quiet").is_err());
+        for nonsense in ["h2=loud=quiet", "dbug", "nonsense=", "", "info,", "a b=info"] {
+            assert!(handle.set(nonsense).is_err(), "{nonsense}");
+        }
         assert_eq!(handle.filter(), now);
     }
 }

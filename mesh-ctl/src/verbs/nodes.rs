@@ -1,6 +1,6 @@
 //! `node-config`: what the node proxies have been told and what they do with it.
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use mesh_api::admin::{CertificateInfo, CertificateRow, ConnectionRow, PolicyRow, ServiceRow, WorkloadRow};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{Output, finish, listed, target};
 use crate::admin;
 use crate::cli::{Format, Global, NodeConfig, Saved};
+use crate::exit::Usage;
 use crate::render::{self, API_VERSION, Column, OnNode, Row, View, age, short_identity};
 use crate::target::{Section, Target};
 
@@ -262,6 +263,11 @@ impl Row for OnNode<LogLevel> {
 }
 
 async fn log(global: &Global, level: Option<&str>) -> Output {
+    // It goes into a URI as it is; what it may say is the node's business.
+    if let Some(level) = level.filter(|level| !level.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:,=".contains(&b)))
+    {
+        return Err(anyhow!(Usage(format!("`{level}` is not a list of LEVEL and MODULE=LEVEL"))).into());
+    }
     let target = target(global, &Saved::default()).await?;
     let Target::Sockets(sockets) = &target else { return Ok(String::new()) };
     let (mut rows, mut errors) = (Vec::new(), Vec::new());
