@@ -262,6 +262,26 @@ fn a_policy_holds_from_apply_to_delete() {
 }
 
 #[test]
+fn a_change_that_a_node_does_not_have_is_not_said_to_be_in_force() {
+    let bed = SandboxBed::new();
+    bed.up();
+    let service = "apiVersion: v1
+kind: Service
+metadata: {name: more, namespace: default}
+spec: {clusterIP: 10.96.7.7, ports: [{port: 80}]}
+";
+    let file = bed.file("more.yaml", service);
+    bed.kill(&Part::Node("node-b".into()));
+    bed.run(&["sandbox", "apply", file.to_str().unwrap()]).exits(69).complains("node-b (not connected)");
+    // Nodes that were without a controller for a while wait before they dial again; `up` waits for them.
+    bed.kill(&Part::Controller);
+    std::thread::sleep(Duration::from_secs(4));
+    bed.up();
+    bed.run(&["status"]).succeeds();
+    bed.run(&["sandbox", "delete", file.to_str().unwrap()]).succeeds();
+}
+
+#[test]
 fn a_bad_file_is_named_with_line_and_field_and_the_rest_of_it_applies() {
     let bed = SandboxBed::new();
     bed.up();

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use mesh_api::admin::NodeStatus;
+use mesh_api::admin::{ControllerStatus, NodeStatus};
 
 use super::build::{POLL, Sandbox};
 use super::process::Place;
@@ -16,6 +16,8 @@ use crate::admin;
 
 /// Each process of the mesh has to be ready within this time.
 const READY_WITHIN: Duration = Duration::from_secs(20);
+/// All nodes have what the controller publishes within this time: longer than they wait between two dials.
+const IN_SYNC_WITHIN: Duration = Duration::from_secs(20);
 /// Port of the controller's gRPC services.
 const CONTROLLER_PORT: u16 = 15012;
 /// Name in the controller's certificate.
@@ -76,7 +78,28 @@ impl Sandbox {
                 self.start_node(node, &[])?;
             }
         }
-        nodes.iter().try_for_each(|node| self.wait_node_ready(node))
+        nodes.iter().try_for_each(|node| self.wait_node_ready(node))?;
+        // One that was ready by its stored configuration may still wait to dial the controller again.
+        for late in self.wait_nodes_in_sync()? {
+            progress(&format!("{late} has not what the controller publishes"));
+        }
+        Ok(())
+    }
+
+    /// Waits until every node has what the controller publishes; those that do not have it in time, and why.
+    ///
+    /// # Errors
+    /// The controller does not answer.
+    pub fn wait_nodes_in_sync(&self) -> Result<Vec<String>> {
+        let deadline = Instant::now() + IN_SYNC_WITHIN;
+        loop {
+            let status: ControllerStatus = block_on(admin::get(&self.layout.controller_admin(), "/status"))?;
+            let late: Vec<String> = self.state.topology.nodes.iter().filter_map(|n| behind(&status, &n.name)).collect();
+            if late.is_empty() || Instant::now() > deadline {
+                return Ok(late);
+            }
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Starts the controller and waits until it serves.
@@ -220,6 +243,15 @@ impl Sandbox {
             std::thread::sleep(POLL);
         }
     }
+}
+
+/// `NODE (WHY)` for a node that has not all that the controller publishes.
+fn behind(status: &ControllerStatus, node: &str) -> Option<String> {
+    let mut streams = status.nodes.iter().filter(|stream| stream.node == node).peekable();
+    if streams.peek().is_none() {
+        return Some(format!("{node} (not connected)"));
+    }
+    streams.find(|stream| stream.sync != "SYNCED").map(|stream| format!("{node} ({})", stream.sync))
 }
 
 fn flags(pairs: &[(&str, &PathBuf)]) -> Vec<String> {

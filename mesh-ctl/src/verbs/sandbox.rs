@@ -253,7 +253,8 @@ fn print_from(file: &Path, at: u64, label: Option<&str>) -> Result<u64> {
     let mut text = Vec::new();
     log.read_to_end(&mut text)?;
     if let (Some(label), false) = (label, text.is_empty()) {
-        println!("==> {label}");
+        // Not `println!`, which panics where nobody reads any more.
+        writeln!(std::io::stdout(), "==> {label}")?;
     }
     std::io::stdout().write_all(&text)?;
     std::io::stdout().flush()?;

@@ -6,21 +6,19 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use mesh_api::admin::{ControllerStatus, Problem};
+use mesh_api::admin::Problem;
 use serde_json::Value;
 
-use super::super::{Output, found, overview};
+use super::super::{Failure, Output, found, overview};
 use super::runtime;
 use crate::admin;
 use crate::cli::Global;
-use crate::exit::{BadInput, Usage};
+use crate::exit::{BadInput, Unavailable, Usage};
 use crate::render::{self, View};
 use crate::sandbox::{Sandbox, files};
 
 /// Prefix of applied files, so that they follow those that the sandbox wrote.
 const PREFIX: &str = "50-";
-/// The controller and all nodes have a change within this time.
-const IN_FORCE_WITHIN: Duration = Duration::from_secs(10);
 /// The controller reads its directory within this time after a change.
 const READ_WITHIN: Duration = Duration::from_secs(2);
 /// Pause between looks.
@@ -40,7 +38,7 @@ pub(super) fn apply(global: &Global, sandbox: &Sandbox, file: &Path) -> Output {
     let before = published(sandbox)?;
     files::replace(&place, &text, 0o600)?;
     let problems: Vec<Problem> = check(sandbox)?.into_iter().filter(|p| Path::new(&p.file) == place).collect();
-    let after = in_force(sandbox, &before)?;
+    let (after, late) = in_force(sandbox, &before)?;
     let problems: Vec<Problem> =
         problems.into_iter().map(|p| Problem { file: file.display().to_string(), ..p }).collect();
     let mut text = String::new();
@@ -52,6 +50,9 @@ pub(super) fn apply(global: &Global, sandbox: &Sandbox, file: &Path) -> Output {
     if !problems.is_empty() || !View::of(global).is_table() {
         let rows: Vec<_> = problems.iter().cloned().map(overview::ProblemRow).collect();
         text += &render::list(&rows, View::of(global))?;
+    }
+    if !late.is_empty() {
+        return Err(Failure { text, error: not_everywhere(&late) });
     }
     found(text, problems.iter().any(|p| p.severity == "error"))
 }
@@ -66,11 +67,12 @@ pub(super) fn delete(global: &Global, sandbox: &Sandbox, file: &Path) -> Output 
     }
     let before = published(sandbox)?;
     std::fs::remove_file(&place).with_context(|| place.display().to_string())?;
-    let after = in_force(sandbox, &before)?;
-    Ok(match View::of(global).is_table() {
+    let (after, late) = in_force(sandbox, &before)?;
+    let text = match View::of(global).is_table() {
         true => format!("{} deleted, {}\n", file.display(), changes(&before, &after)),
         false => String::new(),
-    })
+    };
+    if late.is_empty() { Ok(text) } else { Err(Failure { text, error: not_everywhere(&late) }) }
 }
 
 fn place(sandbox: &Sandbox, file: &Path) -> Result<PathBuf> {
@@ -106,28 +108,20 @@ fn published(sandbox: &Sandbox) -> Result<Published> {
 }
 
 /// Waits until the controller publishes something else than before (a file may change nothing), then until every node
-/// has acknowledged it.
-fn in_force(sandbox: &Sandbox, before: &Published) -> Result<Published> {
+/// has it. Returns those that do not, too.
+fn in_force(sandbox: &Sandbox, before: &Published) -> Result<(Published, Vec<String>)> {
     let began = Instant::now();
     let mut now = published(sandbox)?;
     while now == *before && began.elapsed() < READ_WITHIN {
         std::thread::sleep(POLL);
         now = published(sandbox)?;
     }
-    let socket = sandbox.layout.controller_admin();
-    loop {
-        let status: ControllerStatus = runtime()?.block_on(admin::get(&socket, "/status"))?;
-        if status.nodes.iter().all(|node| node.sync == "SYNCED") {
-            return Ok(now);
-        }
-        if began.elapsed() > IN_FORCE_WITHIN {
-            let late = status.nodes.iter().filter(|node| node.sync != "SYNCED");
-            let late: Vec<String> = late.map(|node| format!("{} ({})", node.node, node.sync)).collect();
-            eprintln!("mesh-ctl: not acknowledged yet by {}; see `mesh-ctl proxy-status`", late.join(", "));
-            return Ok(now);
-        }
-        std::thread::sleep(POLL);
-    }
+    Ok((now, sandbox.wait_nodes_in_sync()?))
+}
+
+/// What is said of a change that nodes do not have yet.
+fn not_everywhere(late: &[String]) -> anyhow::Error {
+    anyhow!(Unavailable(format!("it is not in force on {}; see `mesh-ctl proxy-status`", late.join(", "))))
 }
 
 fn changes(before: &Published, after: &Published) -> String {
