@@ -32,8 +32,8 @@ use crate::metrics::Metrics;
 
 /// Connections at once; each node has one or two.
 pub const MAX_CONNECTIONS: usize = 8192;
-/// Connections at once from one address (of IPv6: one /64, which is what a host has), so that one peer cannot take the room of all: handshakes need no token. Enough for
-/// 256 nodes behind one translated address.
+/// Connections at once from one address (of IPv6: one /64, which is what a host has), so that one peer cannot take the room
+/// of all: handshakes need no token. Enough for 256 nodes behind one translated address.
 pub const MAX_PER_PEER: u32 = 512;
 /// Handshakes at once.
 const MAX_HANDSHAKES: usize = 2048;

@@ -154,7 +154,8 @@ impl DataPath {
         Ok(Self { desired, connections: all_connections, log })
     }
 
-    /// Accepts a workload's connections from now on, or as soon as there is a configuration. A second call with the same UID replaces the first.
+    /// Accepts a workload's connections from now on, or as soon as there is a configuration. A second call with the same UID
+    /// replaces the first.
     pub fn serve(&self, enrolled: Arc<Enrolled>) {
         self.desired.send_modify(|desired| {
             let mut serving = (*desired.serving).clone();
@@ -307,7 +308,8 @@ async fn run(worker: Arc<Worker>, mut desired: watch::Receiver<Desired>) {
         serving.retain(|uid, old| now.serving.get(uid).is_some_and(|new| Arc::ptr_eq(new, old)));
         // Before there is a configuration everything would be refused. What arrives waits in the backlogs instead: for it,
         // for the proxy that this one takes over from, or until the supervisor finds that it has waited too long.
-        for (uid, new) in now.serving.iter().filter(|_| worker.shared.view.load().synced) {
+        let is_synced = worker.shared.view.load().synced;
+        for (uid, new) in now.serving.iter().filter(|_| is_synced) {
             if !serving.contains_key(uid) {
                 serving.insert(uid.clone(), Arc::clone(new));
                 accept::serve(&worker, new);

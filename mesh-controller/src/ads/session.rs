@@ -377,6 +377,9 @@ impl TypeSession {
 
     /// A name that was asked for is answered, even when nothing changed or nothing is there.
     fn collect_asked(&mut self, kind: ResourceType, catalogue: &Catalogue, told: &mut Told) {
+        if self.asked.is_empty() {
+            return;
+        }
         // There may be as many as [`MAX_SUBSCRIPTIONS`] of each.
         let mut put: HashSet<Arc<str>> = told.put.iter().map(|(_, resource)| resource.name.clone()).collect();
         let removed: HashSet<Arc<str>> = told.removed.iter().cloned().collect();
