@@ -63,7 +63,8 @@ impl Capture {
     /// Enrols a workload, or renews its enrolment: new listeners, new programs.
     ///
     /// Order: the namespace is captured, connections of before are noted, interfaces are guarded, and connections that
-    /// came in between are noted. An error leaves the workload closed, never open.
+    /// came in between are noted. An error leaves the workload closed, but for those
+    /// before it is registered: without room for it among all, or for a gate, it is as if nothing had been asked.
     pub fn enroll(&self, request: &EnrollRequest<'_>) -> Result<Enrollment, CaptureError> {
         let uid = request.uid;
         let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
