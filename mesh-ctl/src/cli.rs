@@ -57,7 +57,7 @@ pub struct Global {
 /// A saved dump instead of a running mesh.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Saved {
-    /// Read from a dump that `node-config all -o json` wrote.
+    /// Read from a dump that `node-config all` wrote, as JSON or YAML.
     #[arg(short, long, value_name = "FILE", help_heading = "Selectors")]
     pub file: Option<PathBuf>,
 }
@@ -149,7 +149,7 @@ pub enum NodeConfig {
         #[arg(long)]
         level: Option<String>,
     },
-    /// Everything; `-o json` is a dump that `-f` reads.
+    /// Everything, as a dump that `-f` reads.
     All(Saved),
 }
 
@@ -207,6 +207,7 @@ pub struct WhyArgs {
     /// Server: POD[.NAMESPACE], pod/NAME or svc/NAME.
     pub destination: String,
     /// Port: of the service for svc/NAME, else of the pod.
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
 }
 

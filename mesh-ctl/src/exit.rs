@@ -16,6 +16,10 @@ pub const UNAVAILABLE: u8 = 69;
 pub const NOT_PERMITTED: u8 = 77;
 /// It ran, and found something that needs attention.
 pub const FINDINGS: u8 = 79;
+/// A command to be run in a workload is there and cannot be run (as shells have it).
+pub const NOT_RUNNABLE: u8 = 126;
+/// A command to be run in a workload does not exist (as shells have it).
+pub const NO_COMMAND: u8 = 127;
 
 /// Root is needed.
 #[derive(Debug)]
@@ -36,6 +40,23 @@ pub struct Findings;
 /// The command line names something that does not exist.
 #[derive(Debug)]
 pub struct Usage(pub String);
+
+/// A command could not be run in a workload.
+#[derive(Debug)]
+pub struct NotRun {
+    /// The command.
+    pub program: String,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+impl std::fmt::Display for NotRun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.program, self.source)
+    }
+}
+
+impl std::error::Error for NotRun {}
 
 impl std::fmt::Display for NotPermitted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,7 +91,9 @@ impl std::error::Error for Usage {}
 pub fn code(error: &anyhow::Error) -> u8 {
     use crate::admin::AdminError;
     for cause in error.chain() {
-        if cause.is::<NotPermitted>() {
+        if let Some(NotRun { source, .. }) = cause.downcast_ref() {
+            return if source.kind() == io::ErrorKind::NotFound { NO_COMMAND } else { NOT_RUNNABLE };
+        } else if cause.is::<NotPermitted>() {
             return NOT_PERMITTED;
         } else if cause.is::<BadInput>() {
             return BAD_INPUT;
@@ -86,6 +109,8 @@ pub fn code(error: &anyhow::Error) -> u8 {
             return match admin {
                 AdminError::Unreachable { .. } => UNAVAILABLE,
                 AdminError::NotPermitted { .. } => NOT_PERMITTED,
+                // What it was asked came from the command line.
+                AdminError::Refused { status: 400 | 404, .. } => USAGE,
                 AdminError::Refused { .. } | AdminError::Malformed { .. } => FAILED,
             };
         }

@@ -320,7 +320,12 @@ fn sandbox(name: &str, only: Option<&str>) -> Result<Sockets> {
 fn read_dump(file: &Path) -> Result<Value> {
     let bad = |why: String| anyhow!(BadInput(format!("{}: {why}", file.display())));
     let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-    let dump: Value = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    let dump: Value = match serde_json::from_str(&text) {
+        Ok(dump) => dump,
+        Err(json) => {
+            serde_saphyr::from_str(&text).map_err(|yaml| bad(format!("neither JSON ({json}) nor YAML ({yaml})")))?
+        }
+    };
     if dump["kind"] != "Dump" {
         return Err(bad("no dump; write one with `mesh-ctl node-config all -o json`".into()));
     }

@@ -71,7 +71,12 @@ async fn target(global: &Global, saved: &Saved) -> anyhow::Result<Target> {
 /// A list of what the nodes said. Nodes that did not answer are named on stderr and make the verb fail.
 fn listed<T, R: Row>(global: &Global, listed: Listed<T>, row: impl Fn(crate::render::OnNode<T>) -> R) -> Output {
     let rows: Vec<R> = listed.rows.into_iter().map(row).collect();
-    finish(render::list(&rows, View::of(global))?, listed.errors)
+    let view = View::of(global);
+    if rows.is_empty() && view.is_table() && !listed.errors.is_empty() {
+        // Who did not answer may have some.
+        return finish(String::new(), listed.errors);
+    }
+    finish(render::list(&rows, view)?, listed.errors)
 }
 
 /// Output that stands although some nodes did not answer.

@@ -17,6 +17,7 @@ use mesh_api::admin::{AuthzAnswer, AuthzQuestion, NodeStatus};
 use mesh_core::authorize::explain;
 use mesh_core::flow::{InboundFlow, Verdict};
 use mesh_core::identity::SpiffeId;
+use mesh_core::inbound::inbound_target;
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
@@ -188,6 +189,11 @@ impl AdminState {
         let view = self.shared.view.load();
         let workload = view.snapshot.workload_at(destination.ip());
         let workload = workload.ok_or_else(|| format!("no workload at {}", destination.ip()))?;
+        if let Err(refusal) = inbound_target(workload, destination.ip(), &destination.to_string()) {
+            // No policy is asked about the proxy's own ports.
+            let reason = refusal.to_string();
+            return Ok(AuthzAnswer { decision: "deny".to_owned(), policy: String::new(), reason, trace: Vec::new() });
+        }
         let (verdict, traces) = explain(&view.snapshot, workload, &InboundFlow { client, source, destination });
         let (decision, policy, reason) = match verdict {
             Verdict::Allow(Some(policy)) => ("allow", policy.to_string(), format!("allowed by policy {policy}")),

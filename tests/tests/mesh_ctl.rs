@@ -169,7 +169,7 @@ fn log_levels_are_shown_and_set() {
     assert!(level("node-a").as_str().unwrap().contains("mesh_node=debug"), "{levels:?}");
     assert_eq!(level("node-b"), "info");
     let wrong = bed.run(&["node-config", "log", "--level", "no=such=level"]);
-    wrong.exits(1).complains("node-a");
+    wrong.exits(64).complains("node-a");
 }
 
 #[test]
@@ -179,6 +179,7 @@ fn a_saved_dump_answers_as_the_mesh_did() {
     dump.succeeds();
     let file = bed.file("dump.json", &dump.stdout);
     let file = file.to_str().unwrap();
+    let yaml = bed.file("dump.yaml", &bed.run(&["node-config", "all", "-o", "yaml"]).stdout);
     let verbs: [&[&str]; 6] = [
         &["node-config", "workload"],
         &["node-config", "service"],
@@ -199,6 +200,8 @@ fn a_saved_dump_answers_as_the_mesh_did() {
             assert_eq!(saved.json(), live.json());
         }
     }
+    let workloads = |file| bed.run(&["node-config", "workload", "-o", "json", "-f", file]).json();
+    assert_eq!(workloads(yaml.to_str().unwrap()), workloads(file), "a dump in YAML");
     let garbage = bed.file("garbage.json", "{}");
     bed.run(&["node-config", "workload", "-f", garbage.to_str().unwrap()]).exits(65).complains("garbage.json");
     bed.run(&["node-config", "workload", "-f", "/nonexistent"]).exits(65).complains("/nonexistent");
@@ -296,6 +299,13 @@ spec:
     bed.run(&["authz", "why", "client", "web-v2", "9090"]).succeeds().prints("deny:").prints("web-for-client");
     bed.run(&["authz", "why", "client", "legacy", "80"]).succeeds().prints("not in the mesh");
     bed.run(&["authz", "why", "10.9.9.9", "web-v2", "8080"]).succeeds().prints("deny:");
+    for port in ["15001", "15006", "15008"] {
+        bed.run(&["authz", "why", "client", "web-v2", port])
+            .succeeds()
+            .prints("deny:")
+            .prints("cannot be a destination");
+    }
+    bed.run(&["authz", "why", "client", "web-v2", "0"]).exits(64);
     bed.run(&["authz", "why", "client", "svc/web", "81"]).exits(64).complains("80->8080");
     bed.run(&["authz", "why", "client", "svc/nothing", "80"]).exits(64).complains("svc/web.default");
 }
@@ -311,7 +321,7 @@ fn bpf_shows_hooks_maps_verdicts_and_drops() {
     let map = bed.run(&["bpf", "map", "WORKLOADS"]);
     map.succeeds().prints("client.default").prints("10.244.1.10").prints("web-v2.default");
     assert!(!map.stdout.contains("legacy"), "{}", map.all());
-    bed.run(&["bpf", "map", "NOTHING"]).exits(1).complains("WORKLOADS");
+    bed.run(&["bpf", "map", "NOTHING"]).exits(64).complains("WORKLOADS");
     // The proxy's own listener, dialled by an application, is refused and seen.
     bed.exec("client", &["curl", "-sS", "--max-time", "5", "http://127.0.0.1:15001/"]).exits(7);
     let refused = |ran: &Ran| {
@@ -383,6 +393,9 @@ fn a_wrong_command_line_exits_with_64_and_a_user_without_rights_with_77() {
     for wrong in [&["nonsense"][..], &["node-config"], &["authz", "why", "client"], &["status", "-o", "xml"]] {
         bed.run(wrong).exits(64);
     }
+    bed.run(&["sandbox", "status", "--sandbox", "No Such Name"]).exits(64).complains("lower case");
+    bed.exec("client", &["no-such-command"]).exits(127).complains("no-such-command");
+    bed.exec("client", &["/etc/hosts"]).exits(126).complains("/etc/hosts");
     bed.run(&["--help"]).succeeds().prints("Usage: mesh-ctl");
     // A copy that anybody may run, whatever the rights of the build directory are.
     let copy = bed.file("mesh-ctl", "");

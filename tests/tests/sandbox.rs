@@ -327,7 +327,7 @@ fn a_file_that_is_no_yaml_breaks_nothing() {
     bed.up();
     let file = bed.file("broken.yaml", "kind: [AuthorizationPolicy\nmetadata: {\n");
     let ran = bed.run(&["sandbox", "apply", file.to_str().unwrap()]);
-    ran.exits(79).prints("broken.yaml:").prints("MESH002");
+    ran.exits(79).prints("applied in part").prints("broken.yaml:").prints("MESH002");
     answers(&bed);
     bed.run(&["sandbox", "apply", "/nonexistent/file.yaml"]).exits(65).complains("/nonexistent/file.yaml");
 }
@@ -340,7 +340,7 @@ fn exec_hands_on_input_output_and_exit_code() {
     let hostname = bed.exec("client", &["cat", "/etc/hosts"]);
     hostname.succeeds().prints("10.96.0.10 web");
     bed.exec("nobody", &["true"]).exits(64).complains("there are client");
-    bed.exec("client", &["/nonexistent"]).exits(1);
+    bed.exec("client", &["/nonexistent"]).exits(127);
     bed.run(&["sandbox", "logs", "web-v1"]).succeeds();
     bed.run(&["sandbox", "logs", "node-a"]).succeeds();
     bed.run(&["sandbox", "logs"]).succeeds().prints("==> controller").prints("==> node-b");

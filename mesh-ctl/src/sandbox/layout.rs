@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 
 use super::topology::is_label;
+use crate::exit::Usage;
 
 /// Parent of all sandboxes' directories.
 pub const RUN_ROOT: &str = "/run/mesh-sandbox";
@@ -31,7 +32,8 @@ impl Layout {
     /// The name is not a short DNS label, or `/proc/mounts` cannot be read.
     pub fn of(name: &str) -> Result<Self> {
         if !is_label(name) || name.len() > MAX_NAME {
-            bail!("sandbox name `{name}`: use lower case letters, digits and `-`, at most {MAX_NAME} bytes");
+            let rule = format!("use lower case letters, digits and `-`, at most {MAX_NAME} bytes");
+            return Err(anyhow!(Usage(format!("sandbox name `{name}`: {rule}"))));
         }
         let mounts = std::fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
         Ok(Self::with_mounts(name, &mounts))

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::{Output, found};
 use crate::cli::{Global, SandboxArgs, SandboxVerb};
-use crate::exit::{Unavailable, Usage};
+use crate::exit::{NotRun, Unavailable, Usage};
 use crate::render::{self, Column, Row, View};
 use crate::sandbox::layout::existing;
 use crate::sandbox::netns;
@@ -202,8 +202,8 @@ fn exec(name: &str, workload: &str, command: &[String]) -> Output {
         return Err(anyhow!(Usage(format!("{error:#}"))).into());
     }
     let (program, args) = command.split_first().context("a command is needed")?;
-    let error = sandbox.command(workload, program)?.args(args).exec();
-    Err(anyhow!("{program}: {error}").into())
+    let source = sandbox.command(workload, program)?.args(args).exec();
+    Err(anyhow!(NotRun { program: program.clone(), source }).into())
 }
 
 fn logs(name: &str, part: Option<&str>, follow: bool) -> Output {

@@ -45,7 +45,12 @@ pub(super) fn apply(global: &Global, sandbox: &Sandbox, file: &Path) -> Output {
     if View::of(global).is_table() {
         // Files are known by their names, wherever they were: what replaces another one must not do so unsaid.
         let instead = if replaces { " in place of the last file of that name" } else { "" };
-        text += &format!("{} applied{instead}, {}\n", file.display(), changes(&before, &after));
+        let done = if problems.iter().any(|p| p.severity == "error") {
+            "applied in part (what is refused below keeps its last good version, if it had one)"
+        } else {
+            "applied"
+        };
+        text += &format!("{} {done}{instead}, {}\n", file.display(), changes(&before, &after));
     }
     if !problems.is_empty() || !View::of(global).is_table() {
         let rows: Vec<_> = problems.iter().cloned().map(overview::ProblemRow).collect();
