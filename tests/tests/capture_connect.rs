@@ -104,6 +104,29 @@ fn a_socket_bound_to_a_device_is_released_or_refused() {
     assert_eq!(mesh.count(Hook::Connect4, Reason::BoundDevice), 1, "{}", counts(&mesh.capture));
 }
 
+/// Its first subflow is a TCP socket that the hook captures, or it is refused as what it is; which, is the kernel's version's choice.
+#[test]
+fn a_multipath_socket_does_not_go_around_the_proxy() {
+    let mesh = Mesh::new();
+    for destination in [V4, V6] {
+        let family = if destination.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        let kind = (family, libc::SOCK_STREAM, libc::IPPROTO_MPTCP);
+        let socket = mesh.bed.socket(&mesh.bed.pod, Group::App, kind);
+        let counted = |reason| mesh.count(Hook::Connect4, reason) + mesh.count(Hook::Connect6, reason);
+        let (captured, refused) = (counted(Reason::Captured), counted(Reason::MptcpSocket));
+        match connect(socket, destination, PATIENCE) {
+            Ok(mut stream) => {
+                assert_eq!(read_line(&mut stream).unwrap(), format!("out {destination}"));
+                assert_eq!(counted(Reason::Captured), captured + 1, "{}", counts(&mesh.capture));
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{destination}: {error}");
+                assert_eq!(counted(Reason::MptcpSocket), refused + 1, "{}", counts(&mesh.capture));
+            }
+        }
+    }
+}
+
 #[test]
 fn the_proxys_ports_are_refused_with_a_reason() {
     let mesh = Mesh::new();
