@@ -31,6 +31,8 @@ pub struct Seen {
     pub heads: BTreeMap<u32, bool>,
     /// Answers to PING.
     pub pongs: u64,
+    /// What its last PING held.
+    pub ping: Option<Vec<u8>>,
     /// Its SETTINGS, and acknowledgements of ours.
     pub settings: u64,
     /// Bytes of DATA.
@@ -60,7 +62,8 @@ impl Seen {
             Kind::Data => self.data += frame.payload.len() as u64,
             Kind::Settings => self.settings += 1,
             Kind::Ping if frame.flags & ACK != 0 => self.pongs += 1,
-            Kind::Ping | Kind::Priority | Kind::PushPromise | Kind::WindowUpdate | Kind::Continuation => {}
+            Kind::Ping => self.ping = Some(frame.payload.clone()),
+            Kind::Priority | Kind::PushPromise | Kind::WindowUpdate | Kind::Continuation => {}
             Kind::Other(_) => {}
         }
     }
@@ -165,6 +168,22 @@ impl<IO: AsyncRead + AsyncWrite + Send + 'static> Raw<IO> {
     /// As [`Self::say`].
     pub async fn send(&mut self, frame: &Frame) -> Result<(), String> {
         self.say(&frame.bytes()).await
+    }
+
+    /// Answers the PING that came last, as who wants to live longer than a keepalive must.
+    ///
+    /// # Errors
+    /// As [`Self::say`].
+    pub async fn answer_ping(&mut self) -> Result<(), String> {
+        let mut ping = None;
+        self.seen.send_if_modified(|seen| {
+            ping = seen.ping.take();
+            false
+        });
+        match ping {
+            Some(payload) => self.send(&Frame::new(Kind::Ping, ACK, 0, payload)).await,
+            None => Ok(()),
+        }
     }
 
     /// Writes what `put` makes of each number below `count`, until the other end has had enough.
