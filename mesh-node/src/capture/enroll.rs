@@ -63,23 +63,18 @@ impl Capture {
     /// Enrols a workload, or renews its enrolment: new listeners, new programs.
     ///
     /// Order: the namespace is captured, connections of before are noted, interfaces are guarded, and connections that
-    /// came in between are noted. An error leaves the workload closed, but for those
-    /// before it is registered: without room for it among all, or for a gate, it is as if nothing had been asked.
+    /// came in between are noted. An error leaves the workload closed, but for one: without room for it among all it is as
+    /// if nothing had been asked.
     pub fn enroll(&self, request: &EnrollRequest<'_>) -> Result<Enrollment, CaptureError> {
         let uid = request.uid;
         let cookie = context(netns_cookie(request.netns), || format!("network namespace of {uid}"))?;
         let directory = self.pins.workload(cookie);
-        context(std::fs::create_dir_all(&directory), || format!("create {}", directory.display()))?;
-        let shut_gate = if directory.join(GATE).exists() {
-            None
-        } else {
-            let prepared = ShutGate::prepare(self.maps.counters.as_fd());
-            Some(context(prepared, || format!("make a gate for {uid}"))?)
-        };
+        let has_gate = || directory.join(GATE).exists();
+        let shut_gate = (!has_gate()).then(|| ShutGate::prepare(self.maps.counters.as_fd()));
         let enrolled = self.enroll_at(cookie, &directory, request);
         if enrolled.is_err()
-            && let Some(gate) = shut_gate.filter(|_| !directory.join(GATE).exists())
-            && let Err(error) = gate.set(&directory, request.netns)
+            && let Some(gate) = shut_gate.filter(|_| !has_gate())
+            && let Err(error) = gate.and_then(|gate| gate.set(&directory, request.netns))
         {
             tracing::error!(workload = uid, %error, "not enrolled, and not closed to what comes in");
         }
@@ -100,6 +95,7 @@ impl Capture {
         let first_time = !directory.join(LOOKUP).exists();
         // Places of workloads are given out here, too. Before anything can fail: what the workload starts is captured.
         let slot = self.register(cookie, request)?;
+        context(std::fs::create_dir_all(directory), || format!("create {}", directory.display()))?;
         let listeners = listeners?;
         self.register_listeners(cookie, &listeners)?;
         let place = Place { name: uid, cookie, netns: request.netns, directory };
