@@ -3,6 +3,7 @@
 use std::io;
 
 use rtnetlink::Handle;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 
 /// Runs `work` with a connection of its own, and waits for it.
 pub(super) fn with_netlink<T, F: Future<Output = io::Result<T>>>(work: impl FnOnce(Handle) -> F) -> io::Result<T> {
@@ -23,4 +24,12 @@ pub(super) fn errno_of(error: rtnetlink::Error) -> io::Error {
         rtnetlink::Error::NetlinkError(message) => io::Error::from_raw_os_error(-message.raw_code()),
         other => io::Error::other(other),
     }
+}
+
+/// The name of an interface.
+pub(super) fn name_of(link: &LinkMessage) -> Option<String> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })
 }

@@ -5,13 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::thread;
 
+use futures_util::TryStreamExt;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use rtnetlink::packet_route::link::{LinkLayerType, LinkMessage};
 
+use super::netlink::{errno_of, name_of, with_netlink};
 use super::sys;
-
-const ARPHRD_ETHER: u16 = 1;
-const ARPHRD_LOOPBACK: u16 = 772;
 
 /// Runs `work` in the network namespace and waits for it. Blocks: not for a runtime's thread.
 pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
@@ -55,24 +55,24 @@ pub struct Interface {
     pub link_layer: LinkLayer,
 }
 
-/// All interfaces of the calling thread's namespace but loopback.
+/// All interfaces of the calling thread's namespace but loopback. One request tells index, name and kind together: whoever
+/// renames interfaces meanwhile cannot have one taken for another.
 pub(super) fn interfaces() -> io::Result<Vec<Interface>> {
-    let probe = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    let mut found = Vec::new();
-    for entry in &nix::net::if_::if_nameindex()? {
-        let name = entry.name().to_string_lossy().into_owned();
-        let link_layer = match hardware_type(&probe, &name) {
-            Ok(ARPHRD_LOOPBACK) => continue,
-            Ok(ARPHRD_ETHER) => LinkLayer::Ethernet,
-            // Tunnels and raw IP devices; what is not IP on them, the program drops.
-            Ok(_) => LinkLayer::None,
-            // It went, or got another name, since it was listed.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => continue,
-            Err(error) => return Err(error),
-        };
-        found.push(Interface { index: entry.index(), name, link_layer });
-    }
-    Ok(found)
+    with_netlink(|handle| async move {
+        let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await.map_err(errno_of)?;
+        Ok(links.iter().filter_map(outside).collect())
+    })
+}
+
+/// `None` for loopback.
+fn outside(link: &LinkMessage) -> Option<Interface> {
+    let link_layer = match link.header.link_layer_type {
+        LinkLayerType::Loopback => return None,
+        LinkLayerType::Ether => LinkLayer::Ethernet,
+        // Tunnels and raw IP devices; what is not IP on them, the program drops.
+        _ => LinkLayer::None,
+    };
+    Some(Interface { index: link.header.index, name: name_of(link).unwrap_or_default(), link_layer })
 }
 
 fn interface_request(name: &str) -> io::Result<libc::ifreq> {
@@ -85,17 +85,6 @@ fn interface_request(name: &str) -> io::Result<libc::ifreq> {
         *to = from.cast_signed();
     }
     Ok(request)
-}
-
-fn hardware_type(probe: &OwnedFd, name: &str) -> io::Result<u16> {
-    let mut request = interface_request(name)?;
-    // SAFETY: the request is an `ifreq`, which this ioctl fills; the union's address is valid afterwards.
-    unsafe {
-        if libc::ioctl(probe.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(request.ifr_ifru.ifru_hwaddr.sa_family)
-    }
 }
 
 /// Whether an interface of the calling thread's namespace merges what it receives (GRO; XDP brings it along).

@@ -14,7 +14,7 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 
-use super::netlink::{errno_of, with_netlink};
+use super::netlink::{errno_of, name_of, with_netlink};
 use super::netns::{Interface, LinkLayer, in_netns};
 
 /// The other end of `interface`, if the two are a veth pair and the other end is in `node`. Called in the namespace of
@@ -80,13 +80,6 @@ fn far_index(link: &LinkMessage) -> Option<u32> {
 fn far_namespace(link: &LinkMessage) -> Option<i32> {
     link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::LinkNetNsId(number) => Some(*number),
-        _ => None,
-    })
-}
-
-fn name_of(link: &LinkMessage) -> Option<String> {
-    link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
         _ => None,
     })
 }
