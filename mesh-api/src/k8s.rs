@@ -14,7 +14,7 @@ use std::sync::Arc;
 use mesh_core::config::objects::{Kind, Object, ObjectKey, Origin};
 use serde::de::DeserializeOwned;
 
-use crate::yaml::{FieldError, Node, Value, read};
+use crate::yaml::{FieldError, Node, Unknown, Value, read};
 
 /// Depth to which a List may hold Lists.
 const MAX_LIST_DEPTH: u32 = 4;
@@ -77,6 +77,17 @@ pub fn items(document: &Node, file: &Arc<str>) -> Vec<Item> {
     found
 }
 
+/// Reads an object that an API server holds.
+///
+/// Fields of Kubernetes' own kinds that are not known are passed over: the server is newer, and nothing of them would be
+/// read. Of Istio's kinds they are refused all the same: a condition that is passed over makes a rule say more than it does.
+pub fn from_api_server(object: serde_json::Value) -> Item {
+    let node = Node::from(object);
+    let is_istios = node.text("apiVersion").is_some_and(|version| version.contains(".istio.io/"));
+    let unknown = if is_istios { Unknown::Refused(unread::unread) } else { Unknown::Ignored };
+    read_object(&node, &Arc::from(""), "", unknown)
+}
+
 fn collect(node: &Node, file: &Arc<str>, path: &str, depth: u32, found: &mut Vec<Item>) {
     let kind = node.text("kind").unwrap_or_default();
     if !kind.ends_with("List") {
@@ -98,6 +109,10 @@ fn collect(node: &Node, file: &Arc<str>, path: &str, depth: u32, found: &mut Vec
 }
 
 fn object(node: &Node, file: &Arc<str>, path: &str) -> Item {
+    read_object(node, file, path, Unknown::Refused(unread::unread))
+}
+
+fn read_object(node: &Node, file: &Arc<str>, path: &str, unknown: Unknown) -> Item {
     let kind = match classify(node) {
         Ok(Recognised::Read(kind)) => kind,
         Ok(Recognised::Inert(why)) => {
@@ -106,7 +121,7 @@ fn object(node: &Node, file: &Arc<str>, path: &str) -> Item {
         }
         Err((reason, error)) => return reject(node, path, reason, error),
     };
-    match convert(kind, node, file) {
+    match convert(kind, node, file, unknown) {
         Ok(object) => Item::Object(Box::new(object)),
         Err(error) => reject(node, path, Reason::Field, error),
     }
@@ -227,23 +242,23 @@ trait Convert: DeserializeOwned {
     fn convert(self, meta: mesh_core::config::objects::Meta) -> Result<Object, FieldError>;
 }
 
-fn convert(kind: Kind, node: &Node, file: &Arc<str>) -> Result<Object, FieldError> {
+fn convert(kind: Kind, node: &Node, file: &Arc<str>, unknown: Unknown) -> Result<Object, FieldError> {
     let origin = Origin { file: file.clone(), line: node.line };
     match kind {
-        Kind::Namespace => convert_as::<core::Namespace>(kind, node, origin),
-        Kind::Node => convert_as::<core::Node>(kind, node, origin),
-        Kind::Pod => convert_as::<core::Pod>(kind, node, origin),
-        Kind::ServiceAccount => convert_as::<core::ServiceAccount>(kind, node, origin),
-        Kind::Service => convert_as::<service::Service>(kind, node, origin),
-        Kind::EndpointSlice => convert_as::<service::EndpointSlice>(kind, node, origin),
-        Kind::WorkloadEntry => convert_as::<istio::WorkloadEntry>(kind, node, origin),
-        Kind::PeerAuthentication => convert_as::<istio::PeerAuthentication>(kind, node, origin),
-        Kind::AuthorizationPolicy => convert_as::<istio::AuthorizationPolicy>(kind, node, origin),
+        Kind::Namespace => convert_as::<core::Namespace>(kind, node, origin, unknown),
+        Kind::Node => convert_as::<core::Node>(kind, node, origin, unknown),
+        Kind::Pod => convert_as::<core::Pod>(kind, node, origin, unknown),
+        Kind::ServiceAccount => convert_as::<core::ServiceAccount>(kind, node, origin, unknown),
+        Kind::Service => convert_as::<service::Service>(kind, node, origin, unknown),
+        Kind::EndpointSlice => convert_as::<service::EndpointSlice>(kind, node, origin, unknown),
+        Kind::WorkloadEntry => convert_as::<istio::WorkloadEntry>(kind, node, origin, unknown),
+        Kind::PeerAuthentication => convert_as::<istio::PeerAuthentication>(kind, node, origin, unknown),
+        Kind::AuthorizationPolicy => convert_as::<istio::AuthorizationPolicy>(kind, node, origin, unknown),
     }
 }
 
-fn convert_as<T: Convert>(kind: Kind, node: &Node, origin: Origin) -> Result<Object, FieldError> {
-    let mut wire: T = read(node, unread::unread)?;
+fn convert_as<T: Convert>(kind: Kind, node: &Node, origin: Origin, unknown: Unknown) -> Result<Object, FieldError> {
+    let mut wire: T = read(node, unknown)?;
     let meta = wire.metadata().into_meta(kind, origin)?;
     wire.convert(meta)
 }

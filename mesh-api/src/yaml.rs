@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-pub use read::{FieldError, Schema, field_path, read};
+pub use read::{FieldError, Unknown, field_path, read};
 
 /// Documents in one file; more are refused, so that a runaway generator is noticed.
 pub const MAX_DOCUMENTS: usize = 10_000;
@@ -164,6 +164,27 @@ fn shift(node: &mut Node, by: u32) {
 
 fn to_line(line: u64) -> u32 {
     u32::try_from(line).unwrap_or(u32::MAX)
+}
+
+/// A tree without lines (all are 0): what an API server says has none.
+impl From<serde_json::Value> for Node {
+    fn from(value: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        let value = match value {
+            Json::Null => Value::Null,
+            Json::Bool(value) => Value::Bool(value),
+            Json::Number(number) => match number.as_i64() {
+                Some(value) => Value::Int(value),
+                None => Value::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Json::String(text) => Value::Text(text),
+            Json::Array(items) => Value::List(items.into_iter().map(Self::from).collect()),
+            Json::Object(map) => Value::Map(
+                map.into_iter().map(|(key, value)| Entry { key, line: 0, node: Self::from(value) }).collect(),
+            ),
+        };
+        Self { line: 0, value }
+    }
 }
 
 impl Node {

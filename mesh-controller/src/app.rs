@@ -1,5 +1,7 @@
 //! Puts the parts together and runs them. Only here are tasks spawned; each has a name and ends with the process.
 
+mod origin;
+
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,6 +23,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinSet, spawn_blocking};
 use tonic::transport::Server;
 
+pub use self::origin::Origin;
 use crate::admin::{self, Listener};
 use crate::ads::service::{self as ads, Ads};
 use crate::ca::authority::{Authority, MAX_LEAF_TTL, SignerPem};
@@ -30,11 +33,9 @@ use crate::control::Control;
 use crate::door::Door;
 use crate::metrics::Metrics;
 use crate::server::{Connection, ServerCertificate, incoming, tls_acceptor};
-use crate::source::watch::Watch;
-use crate::source::{Changed, Source};
+use crate::source::{Changed, Notices};
 use crate::state_dir::{PUBLIC_MODE, StateDir, StateLock, write_atomically};
 use crate::status::{MetricsPages, StatusPages};
-use crate::token::TokenKey;
 
 /// Names that every server certificate has.
 const SERVER_NAMES: [&str; 4] = ["istiod.istio-system.svc", "mesh-controller", "localhost", "127.0.0.1"];
@@ -54,8 +55,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// What `run` is told.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Configuration directories, the first has precedence.
-    pub config_dirs: Vec<PathBuf>,
+    /// Where configuration comes from.
+    pub origin: Origin,
     /// State directory.
     pub state_dir: PathBuf,
     /// gRPC port.
@@ -120,16 +121,18 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let dir = StateDir::open(&options.state_dir)?;
     let lock = dir.lock()?;
     let metrics = Arc::new(Metrics::default());
-    let door = Arc::new(Door::new(TokenKey::open(&dir)?, metrics.clone()));
+    let mut tasks = JoinSet::new();
+    let mut opened = origin::open(&options.origin, &dir, &options.settings, &mut tasks).await?;
+    let cluster = opened.cluster();
+    let origin::Opened { source, mut notices, judge, .. } = opened;
+    let door = Arc::new(Door::new(judge, metrics.clone()));
     let stored = dir.configuration();
     let mut signer = Signer::open(&options, dir, leaf_ttl)?;
     let listener = TcpListener::bind(options.listen).await;
     let listener = listener.with_context(|| format!("listen on {} (--listen)", options.listen))?;
     let address = listener.local_addr().context("read the listener's address")?;
 
-    let source = Source::directories(options.config_dirs.clone());
     let control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
-    let mut watch = Watch::new(&options.config_dirs);
     let shutdown = watch::Sender::new(false);
     let pages = StatusPages {
         trust_domain: options.settings.trust_domain.to_string(),
@@ -141,7 +144,6 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         ready: Arc::default(),
     };
     let (nodes, ready) = (pages.nodes.clone(), pages.ready.clone());
-    let mut tasks = JoinSet::new();
     serve_pages(&options, pages, metrics.clone(), &mut tasks).await?;
     let services = Services {
         ads: ads::Shared {
@@ -162,18 +164,22 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     };
 
     let mut control = blocking(control, |control| control.resume(stored)).await?;
+    if let Some(cluster) = &cluster {
+        cluster.hand_out(signer.authority.clone(), &mut tasks);
+        cluster.complete(&mut notices, control.knows_the_past()).await;
+    }
     let mut changed = Changed::Anything;
     loop {
         control = blocking(control, move |control| control.step(&changed)).await?;
         if control.is_published() {
             break;
         }
-        changed = watch.changed().await;
+        changed = notices.changed().await;
     }
     let connections = incoming(listener, tls_acceptor(signer.certificate.clone())?, metrics);
     tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
     tasks.spawn(async move {
-        configure(control, watch).await;
+        configure(control, notices).await;
         "configuration"
     });
     tasks.spawn(async move {
@@ -240,9 +246,9 @@ async fn serve_grpc(
 /// The only task that ends in order.
 const GRPC_TASK: &str = "grpc";
 
-async fn configure(mut control: Control, mut watch: Watch) {
+async fn configure(mut control: Control, mut notices: Notices) {
     loop {
-        let changed = watch.changed().await;
+        let changed = notices.changed().await;
         control = match blocking(control, move |control| control.step(&changed)).await {
             Ok(control) => control,
             Err(error) => {

@@ -12,9 +12,10 @@ use mesh_api::admin::Problem;
 use mesh_core::config::{Compiler, Delta, HttpFields, Settings, Waypoints};
 use time::OffsetDateTime;
 
-use crate::app::{self, Options};
+use crate::app::{self, Options, Origin};
 use crate::ca::store::{RotationStage, SignerSource, rotate};
 use crate::door::unix_now;
+use crate::kubernetes::review::Account;
 use crate::source::{Changed, Source};
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
@@ -46,8 +47,17 @@ enum Command {
 #[derive(Debug, Args)]
 struct RunArgs {
     /// Directory of Kubernetes and Istio YAML or JSON; give it again for more, the first has precedence
-    #[arg(long, env = "MESH_CONFIG_DIR", required = true, value_name = "DIR", value_delimiter = ',')]
+    #[arg(long, env = "MESH_CONFIG_DIR", value_name = "DIR", value_delimiter = ',')]
+    #[arg(required_unless_present = "kubernetes", conflicts_with = "kubernetes")]
     config_dir: Vec<PathBuf>,
+    /// Read the Kubernetes API server in place of directories: as this pod's service account, or as KUBECONFIG says. It
+    /// judges the tokens of nodes then, and the signer is a Secret of the root namespace (cacerts, else istio-ca-secret)
+    #[arg(long, env = "MESH_KUBERNETES", conflicts_with = "cacerts")]
+    kubernetes: bool,
+    /// Service account of node proxies on Kubernetes; give it again for more
+    #[arg(long, env = "MESH_NODE_ACCOUNT", default_value = "istio-system/mesh-node", value_name = "NAMESPACE/NAME")]
+    #[arg(value_delimiter = ',')]
+    node_account: Vec<Account>,
     /// Directory of keys, certificates and the lock
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR")]
     state_dir: PathBuf,
@@ -195,8 +205,12 @@ pub fn main() -> ExitCode {
 fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     log_to_stderr(args.log_format);
     let admin_socket = args.admin_socket.unwrap_or_else(|| args.state_dir.join("admin.sock"));
+    let origin = match args.kubernetes {
+        true => Origin::Kubernetes { node_accounts: args.node_account },
+        false => Origin::Directories(args.config_dir),
+    };
     let options = Options {
-        config_dirs: args.config_dir,
+        origin,
         state_dir: args.state_dir,
         listen: args.listen,
         admin_socket,

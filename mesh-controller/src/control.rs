@@ -116,6 +116,11 @@ impl Control {
         self.source.describe()
     }
 
+    /// Whether an earlier process has stored what was in force.
+    pub fn knows_the_past(&self) -> bool {
+        matches!(self.past, Past::Known)
+    }
+
     /// Whether there was a step that was published.
     pub fn is_published(&self) -> bool {
         self.started && matches!(self.past, Past::Known)

@@ -15,6 +15,7 @@ pub mod cli;
 pub mod control;
 pub mod door;
 pub mod entitlement;
+pub mod kubernetes;
 pub mod last_good;
 pub mod limit;
 pub mod metrics;

@@ -1,8 +1,9 @@
 //! Where configuration comes from.
 //!
 //! A source gives batches; a batch is what it found to be true at one moment, told as deltas against the batch before.
-//! The set of sources is closed: directories of files now, the Kubernetes API next.
+//! The set of sources is closed: directories of files, or a Kubernetes API server.
 
+pub mod cluster;
 pub mod directory;
 mod listing;
 mod scan;
@@ -14,13 +15,16 @@ use std::path::PathBuf;
 use mesh_api::admin::Problem;
 use mesh_core::config::{Delta, Object};
 
+use cluster::Cluster;
 use directory::Directories;
 
 /// A place that configuration comes from.
 #[derive(Debug)]
 pub enum Source {
     /// `--config-dir`, all of them together.
-    Directories(Directories),
+    Directories(Box<Directories>),
+    /// `--kubernetes`.
+    Cluster(Cluster),
 }
 
 /// What may be another than when it was looked at last.
@@ -46,13 +50,14 @@ pub struct Batch {
 impl Source {
     /// A source that reads directories.
     pub fn directories(dirs: Vec<PathBuf>) -> Self {
-        Self::Directories(Directories::new(dirs))
+        Self::Directories(Box::new(Directories::new(dirs)))
     }
 
     /// Takes over what was in force before a restart: the next batch tells what changed against it.
     pub fn resume(&mut self, objects: Vec<Object>) {
         match self {
             Self::Directories(directories) => directories.resume(objects),
+            Self::Cluster(cluster) => cluster.resume(objects),
         }
     }
 
@@ -60,6 +65,8 @@ impl Source {
     pub fn poll(&mut self, changed: &Changed) -> Batch {
         match self {
             Self::Directories(directories) => directories.poll(changed),
+            // What it was told is all that can have changed.
+            Self::Cluster(cluster) => cluster.poll(),
         }
     }
 
@@ -67,6 +74,28 @@ impl Source {
     pub fn describe(&self) -> Vec<String> {
         match self {
             Self::Directories(directories) => directories.dirs().iter().map(|dir| dir.display().to_string()).collect(),
+            Self::Cluster(cluster) => cluster.describe(),
+        }
+    }
+}
+
+/// What says that a source has something new.
+pub enum Notices {
+    /// The file system.
+    Directories(watch::Watch),
+    /// Watches of the API server.
+    Cluster(crate::kubernetes::follow::Notices),
+}
+
+impl Notices {
+    /// Waits for the next change, and says where to look.
+    pub async fn changed(&mut self) -> Changed {
+        match self {
+            Self::Directories(watch) => watch.changed().await,
+            Self::Cluster(notices) => {
+                notices.changed().await;
+                Changed::Anything
+            }
         }
     }
 }

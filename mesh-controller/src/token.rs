@@ -22,7 +22,7 @@ pub const MAX_TTL_SECS: u64 = 365 * 24 * 3600;
 /// Clock difference between machines that is forgiven, seconds.
 const LEEWAY_SECS: u64 = 60;
 /// Bytes of a token that are looked at; ours have about 300.
-const MAX_TOKEN_BYTES: usize = 8 * 1024;
+pub const MAX_TOKEN_BYTES: usize = 8 * 1024;
 
 /// Who a verified token speaks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +63,18 @@ pub enum TokenRefusal {
     /// `sub` is not a node name.
     #[error("the token names no node")]
     Subject,
+    /// The API server does not know it, or it is not meant for us.
+    #[error("the API server does not let the token in (audience istio-ca)")]
+    NotAuthenticated,
+    /// The API server could not be asked.
+    #[error("the API server cannot be asked about the token; try again")]
+    NotReviewed,
+    /// Another service account than a node proxy's.
+    #[error("the token is not of a node proxy's service account (--node-account)")]
+    Account,
+    /// Not of a pod on a node.
+    #[error("the token is not bound to a pod on a node")]
+    Unbound,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

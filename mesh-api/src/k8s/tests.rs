@@ -233,3 +233,26 @@ fn lists_are_opened_and_a_bad_item_is_one_item() {
     let nested = format!("{}[]{}", "{kind: List, items: [".repeat(6), "]}".repeat(6));
     assert!(read_all(&nested).iter().any(|i| matches!(i, Item::Rejected(_))));
 }
+
+#[test]
+fn an_api_server_may_know_more_of_kubernetes_but_not_of_what_a_rule_says() {
+    let pod = serde_json::json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "web", "namespace": "shop", "managedFields": [{"manager": "x"}], "ofTomorrow": 1},
+        "spec": {"nodeName": "a", "ofTomorrow": {"deep": [1.5, null]}},
+        "status": {"podIPs": [{"ip": "10.0.0.1"}], "phase": "Running"},
+    });
+    assert!(matches!(super::from_api_server(pod), Item::Object(object) if object.key().to_string() == "Pod shop/web"));
+    let policy = serde_json::json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "a", "namespace": "shop"},
+        "spec": {"rules": [{"from": [{"source": {"ofTomorrow": ["x"]}}]}]},
+    });
+    match super::from_api_server(policy) {
+        Item::Rejected(finding) => {
+            assert_eq!(finding.error.path, "spec.rules[0].from[0].source.ofTomorrow");
+            assert_eq!(finding.object, "AuthorizationPolicy shop/a");
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,7 +1,7 @@
 //! Typed values from a [`Node`], by serde, with the path and line of what does not fit.
 //!
-//! Stricter than serde alone: a key that the type does not have is an error, as `kubectl --validate=strict` has it.
-//! Keys that Kubernetes knows and the mesh does not read are named by a [`Schema`].
+//! Stricter than serde alone, where [`Unknown`] says so: a key that the type does not have is an error, as
+//! `kubectl --validate=strict` has it.
 
 use std::fmt;
 
@@ -13,8 +13,14 @@ use serde::forward_to_deserialize_any;
 
 use super::{Entry, Node, Value};
 
-/// Names the keys of a type (by serde's name of it) that exist but are not read.
-pub type Schema = fn(&str) -> &'static [&'static str];
+/// What becomes of keys that a type does not have.
+#[derive(Clone, Copy)]
+pub enum Unknown {
+    /// They are errors, but for those that exist and are not read: named by serde's name of the type.
+    Refused(fn(&str) -> &'static [&'static str]),
+    /// Nothing. Who wrote the object has checked them, and may know more than we do.
+    Ignored,
+}
 
 /// Which field does not fit, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,8 +51,8 @@ impl FieldError {
 }
 
 /// Reads a value. The first thing that does not fit ends it.
-pub fn read<T: DeserializeOwned>(node: &Node, schema: Schema) -> Result<T, FieldError> {
-    let cursor = Cursor { node, line: node.line, path: &Path::Root, schema };
+pub fn read<T: DeserializeOwned>(node: &Node, unknown: Unknown) -> Result<T, FieldError> {
+    let cursor = Cursor { node, line: node.line, path: &Path::Root, unknown };
     T::deserialize(cursor).map_err(|error| {
         let Error { at, message, hint } = error;
         let (path, line) = at.unwrap_or((String::new(), node.line));
@@ -127,7 +133,7 @@ struct Cursor<'n> {
     /// Line of the key where there is one, else of the value.
     line: u32,
     path: &'n Path<'n>,
-    schema: Schema,
+    unknown: Unknown,
 }
 
 impl<'n> Cursor<'n> {
@@ -144,7 +150,8 @@ impl<'n> Cursor<'n> {
     }
 
     fn refuse_unknown(self, name: &str, fields: &[&str], entries: &[Entry]) -> Result<(), Error> {
-        let unread = (self.schema)(name);
+        let Unknown::Refused(unread) = self.unknown else { return Ok(()) };
+        let unread = unread(name);
         let known = |key: &str| fields.contains(&key) || unread.contains(&key);
         let Some(entry) = entries.iter().find(|entry| !known(&entry.key)) else { return Ok(()) };
         let nearest = fields.iter().chain(unread).filter(|field| is_near(field, &entry.key)).min();
@@ -246,7 +253,7 @@ impl<'de> SeqAccess<'de> for Items<'_> {
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Error> {
         let Some((index, node)) = self.items.next() else { return Ok(None) };
         let path = Path::Index(self.cursor.path, index);
-        seed.deserialize(Cursor { node, line: node.line, path: &path, schema: self.cursor.schema }).map(Some)
+        seed.deserialize(Cursor { node, line: node.line, path: &path, unknown: self.cursor.unknown }).map(Some)
     }
 }
 
@@ -280,7 +287,7 @@ impl<'de> MapAccess<'de> for Fields<'_> {
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
         let entry = self.value.take().expect("next_key_seed comes first, by serde's contract");
         let path = Path::Key(self.cursor.path, &entry.key);
-        seed.deserialize(Cursor { node: &entry.node, line: entry.line, path: &path, schema: self.cursor.schema })
+        seed.deserialize(Cursor { node: &entry.node, line: entry.line, path: &path, unknown: self.cursor.unknown })
     }
 }
 
@@ -323,7 +330,7 @@ mod tests {
 
     fn check(text: &str, expected: &str) {
         let node = super::super::documents(text).remove(0).expect("parses");
-        let got = match read::<Spec>(&node, schema) {
+        let got = match read::<Spec>(&node, Unknown::Refused(schema)) {
             Ok(spec) => format!("{:?} {:?} {:?} {}", spec.target_port, spec.labels, spec.mode, spec.rules.len()),
             Err(e) => format!("{}:{}: {} [{}]", e.line, e.path, e.message, e.hint),
         };
@@ -354,6 +361,6 @@ mod tests {
     #[test]
     fn reads_names() {
         let node = super::super::documents("name: x\n").remove(0).unwrap();
-        assert_eq!(read::<Inner>(&node, schema).unwrap().name, "x");
+        assert_eq!(read::<Inner>(&node, Unknown::Refused(schema)).unwrap().name, "x");
     }
 }

@@ -19,6 +19,7 @@ use super::nodes::{MAX_STREAMS_PER_NODE, Nodes, Stream};
 use super::session::{Heard, Session, SessionError};
 use crate::door::{Door, unix_now};
 use crate::metrics::{Metrics, TypeLabel};
+use crate::server::Peer;
 
 /// Streams at once; a mesh of a thousand nodes with a proxy upgrade on each has two thousand.
 pub const MAX_STREAMS: usize = 4096;
@@ -64,7 +65,7 @@ impl AggregatedDiscoveryService for Ads {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Responses>, Status> {
-        let (token, peer) = self.shared.door.admit(&request)?;
+        let (token, peer) = self.shared.door.admit(request.metadata(), request.extensions().get::<Peer>()).await?;
         let permit = self.streams.clone().try_acquire_owned();
         let permit = permit.map_err(|_| Status::resource_exhausted("too many streams; try again later"))?;
         let entry = self.shared.nodes.connect(&token.node, peer);

@@ -20,6 +20,7 @@ use crate::door::Door;
 use crate::entitlement::{EntitlementRefusal, entitle};
 use crate::limit::RateLimit;
 use crate::metrics::Metrics;
+use crate::server::Peer;
 
 /// Requests that a node may make at once: a node full of pods that restarts (110 is Kubernetes' default).
 pub const BURST: u32 = 250;
@@ -125,7 +126,7 @@ impl IstioCertificateService for CertificateService {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let (token, peer) = self.door.admit(&request)?;
+        let (token, peer) = self.door.admit(request.metadata(), request.extensions().get::<Peer>()).await?;
         if !self.admit_rate(&token.node) {
             self.metrics.refuse("rate");
             return Err(Status::resource_exhausted("too many certificate requests; try again later"));

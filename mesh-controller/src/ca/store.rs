@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use rand::RngCore;
 use time::OffsetDateTime;
 
-use super::authority::{Authority, AuthorityError, SignerPem, certificates, make_root, to_pem};
+pub use super::authority::SignerPem;
+use super::authority::{Authority, AuthorityError, certificates, make_root, to_pem};
 use crate::state_dir::{
     PRIVATE_MODE, PUBLIC_MODE, StateDir, StateError, create_exclusively, read_text, write_atomically,
 };
@@ -110,7 +111,7 @@ fn read_signer(dir: &Path) -> Result<SignerPem, StateError> {
     let own = dir.join(SIGNER);
     if own.exists() {
         let text = read_text(&own)?;
-        return Ok(SignerPem { cert: text.clone(), key: key_part(&text).to_owned(), chain: String::new(), roots });
+        return Ok(SignerPem { cert: text.clone(), key: key_part(&text).to_owned(), chain: text, roots });
     }
     let chain = dir.join("cert-chain.pem");
     Ok(SignerPem {
@@ -121,8 +122,23 @@ fn read_signer(dir: &Path) -> Result<SignerPem, StateError> {
     })
 }
 
+/// Writes a signer that is kept elsewhere, where [`SignerSource::Own`] finds it; what is there already is left alone.
+pub fn write_signer(dir: &Path, pem: &SignerPem) -> Result<(), StateError> {
+    let signer = format!("{}\n{}\n{}", pem.cert.trim(), pem.chain.trim(), pem.key.trim());
+    // Trust comes first, as in a rotation.
+    for (name, text, mode) in [(ROOTS, &pem.roots, PUBLIC_MODE), (SIGNER, &signer, PRIVATE_MODE)] {
+        let path = dir.join(name);
+        if read_text(&path).ok().as_ref() != Some(text) {
+            write_atomically(&path, text.as_bytes(), mode)?;
+        }
+    }
+    Ok(())
+}
+
 fn key_part(text: &str) -> &str {
-    text.find("-----BEGIN PRIVATE KEY").map_or("", |at| &text[at..])
+    // Also `BEGIN EC PRIVATE KEY` and `BEGIN RSA PRIVATE KEY` of a Secret.
+    let begin = text.find("PRIVATE KEY-----").and_then(|at| text[..at].rfind("-----BEGIN "));
+    begin.map_or("", |at| &text[at..])
 }
 
 /// Carries out one stage on the own root of a state directory. Says what was done and what comes next.

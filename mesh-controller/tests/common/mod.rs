@@ -281,7 +281,7 @@ impl Mesh {
 
 pub fn options(root: &Path) -> Options {
     Options {
-        config_dirs: vec![root.join("config")],
+        origin: mesh_controller::app::Origin::Directories(vec![root.join("config")]),
         state_dir: root.join("state"),
         listen: "127.0.0.1:0".parse().unwrap(),
         admin_socket: root.join("admin.sock"),
