@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser;
 
-use crate::config::{CleanupArgs, Cli, Command, Config};
+use crate::config::{AgentArgs, CleanupArgs, Cli, Command, Config};
 use crate::{app, capture, check, logging, supervisor};
 
 /// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
@@ -21,6 +21,7 @@ pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(config) => run(*config),
         Command::Proxy(config) => return app::main(&config),
+        Command::Agent(args) => agent(args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Check => Ok(check::run()),
     };
@@ -46,6 +47,12 @@ fn run(config: Config) -> anyhow::Result<ExitCode> {
         drain: config.drain,
     })?;
     Ok(ExitCode::from(status))
+}
+
+fn agent(args: AgentArgs) -> anyhow::Result<ExitCode> {
+    logging::init(args.log_format);
+    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node: args.node, socket: args.agent_socket })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn enter_cgroup(cgroup: &Path) -> anyhow::Result<()> {

@@ -33,10 +33,26 @@ pub enum Command {
     /// The proxy itself, started by `run`
     #[command(hide = true)]
     Proxy(Box<Config>),
+    /// Run a Kubernetes node's agent: tell the node proxy which pods belong to the mesh
+    Agent(AgentArgs),
     /// Remove all that was pinned or attached in the kernel, and say what
     Cleanup(CleanupArgs),
     /// Say which kernel features are needed and which are there
     Check,
+}
+
+/// Flags of `agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Name of this node
+    #[arg(long, env = "MESH_NODE", value_name = "NAME", value_parser = parse_name)]
+    pub node: String,
+    /// Unix socket that the node proxy connects to
+    #[arg(long, env = "MESH_AGENT_SOCKET", value_name = "PATH")]
+    pub agent_socket: PathBuf,
+    /// Form of the log on stderr; RUST_LOG selects what is logged
+    #[arg(long, env = "MESH_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
 }
 
 /// Flags of `cleanup`.

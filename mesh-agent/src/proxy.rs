@@ -18,21 +18,25 @@ use nix::sys::socket::{
 };
 use prost::Message;
 
-use super::Shared;
-use super::announce::{Announcer, Desired};
+use crate::announce::{Announcer, Desired};
+use crate::board::Board;
 
 /// Proxies of one node at a time: the one in force and those that start or drain during an upgrade.
 const MAX_PROXIES: i32 = 8;
 /// Largest answer in bytes.
 const MAX_ANSWER: usize = 64 * 1024;
+/// Pause after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A proxy has to greet within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// A proxy has to answer within this time: it waits up to 5 s for a certificate.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
-/// Listens for the proxies of a node.
-pub(super) fn listen(path: &Path) -> Result<OwnedFd> {
-    // As for the control socket: the lock on the sandbox keeps a second agent away.
+/// Listens for the proxies of a node, in place of an agent that was there before.
+///
+/// # Errors
+/// The socket cannot be made there.
+pub fn listen(path: &Path) -> Result<OwnedFd> {
     let _stale = std::fs::remove_file(path);
     let open = || -> nix::Result<OwnedFd> {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
@@ -44,23 +48,25 @@ pub(super) fn listen(path: &Path) -> Result<OwnedFd> {
 }
 
 /// Accepts proxies for the life of the process.
-pub(super) fn accept(listener: &OwnedFd, node: &str, shared: &Arc<Shared>) {
+pub fn accept(listener: &OwnedFd, node: &str, board: &Arc<Board>) {
     loop {
         let fd = match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
             Ok(fd) => owned(fd),
             Err(error) => {
-                eprintln!("{node}: accept: {error}");
+                tracing::warn!("{node}: accept: {error}");
+                // Out of descriptors, as a rule: they come back when something ends.
+                std::thread::sleep(ACCEPT_PAUSE);
                 continue;
             }
         };
-        let (shared, name) = (Arc::clone(shared), node.to_string());
+        let (board, name) = (Arc::clone(board), node.to_string());
         let thread = std::thread::Builder::new().name(format!("proxy of {node}"));
-        let started = thread.spawn(move || match serve(&fd, &name, &shared) {
-            Ok(()) => eprintln!("{name}: node proxy disconnected"),
-            Err(error) => eprintln!("{name}: node proxy disconnected: {error:#}"),
+        let started = thread.spawn(move || match serve(&fd, &name, &board) {
+            Ok(()) => tracing::info!("{name}: node proxy disconnected"),
+            Err(error) => tracing::warn!("{name}: node proxy disconnected: {error:#}"),
         });
         if let Err(error) = started {
-            eprintln!("{node}: start a thread: {error}");
+            tracing::warn!("{node}: start a thread: {error}");
         }
     }
 }
@@ -72,7 +78,7 @@ fn owned(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-fn serve(proxy: &OwnedFd, node: &str, shared: &Shared) -> Result<()> {
+fn serve(proxy: &OwnedFd, node: &str, board: &Board) -> Result<()> {
     let hello = ZdsHello::decode(&receive(proxy, HELLO_WITHIN)?[..]).context("greeting")?;
     if hello.version() != Version::V1 {
         bail!("it speaks version {} of the enrolment protocol, only V1 is known", hello.version);
@@ -80,23 +86,24 @@ fn serve(proxy: &OwnedFd, node: &str, shared: &Shared) -> Result<()> {
     let (ours, waker) = UnixStream::pair().context("socket pair")?;
     ours.set_nonblocking(true)?;
     waker.set_nonblocking(true)?;
-    let id = shared.connected(node, waker);
-    eprintln!("{node}: node proxy connected");
-    let result = announce(proxy, &ours, (node, id), shared);
-    shared.disconnected(id);
+    let id = board.connected(waker);
+    tracing::info!("{node}: node proxy connected");
+    let result = announce(proxy, &ours, (node, id), board);
+    board.disconnected(id);
     result
 }
 
-fn announce(proxy: &OwnedFd, wake: &UnixStream, (node, id): (&str, u64), shared: &Shared) -> Result<()> {
+fn announce(proxy: &OwnedFd, wake: &UnixStream, (node, id): (&str, u64), board: &Board) -> Result<()> {
     let mut announcer = Announcer::default();
     loop {
-        let (generation, desired) = shared.desired(node);
+        let (generation, desired) = board.current();
         while let Some(request) = announcer.next(&desired, Instant::now()) {
             let error = exchange(proxy, &request, &desired)?;
-            eprintln!("{node}: {} {}", words(&request), if error.is_empty() { "done" } else { &error });
-            announcer.answered(&request, &error, Instant::now());
+            tracing::info!("{node}: {} {}", words(&request), if error.is_empty() { "done" } else { &error });
+            announcer.answered(&request, &desired, &error, Instant::now());
+            board.report(id, None, announcer.outcomes());
         }
-        shared.report(id, generation, announcer.outcomes());
+        board.report(id, Some(generation), announcer.outcomes());
         if !wait(proxy, wake, announcer.next_retry())? {
             return Ok(());
         }
@@ -131,14 +138,14 @@ fn wait(proxy: &OwnedFd, mut wake: &UnixStream, until: Option<Instant>) -> Resul
 /// Sends a request, for an `add` with the namespace, and returns the error of the answer, empty for none.
 fn exchange(proxy: &OwnedFd, request: &Payload, desired: &Desired) -> Result<String> {
     let netns = match request {
-        Payload::Add(add) => match desired.get(&add.uid).map(|e| crate::sandbox::netns::open(&e.netns)) {
+        Payload::Add(add) => match desired.get(&add.uid).map(|enrol| enrol.netns.open()) {
             Some(Ok(file)) => Some(file),
-            Some(Err(error)) => return Ok(format!("{error:#}")),
+            Some(Err(error)) => return Ok(format!("its network namespace: {error}")),
             None => return Ok("unknown workload".into()),
         },
         Payload::Del(_) | Payload::Keep(_) | Payload::SnapshotSent(_) => None,
     };
-    send(proxy, &WorkloadRequest { payload: Some(request.clone()) }.encode_to_vec(), netns.as_ref())?;
+    send(proxy, &WorkloadRequest { payload: Some(request.clone()) }.encode_to_vec(), netns.as_deref())?;
     let bytes = receive(proxy, ANSWER_WITHIN)?;
     if bytes.is_empty() {
         bail!("it closed the connection instead of answering");

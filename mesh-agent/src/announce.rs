@@ -1,40 +1,82 @@
 //! What to tell a node proxy next. Pure: the socket and the clock are the caller's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_api::proto::workload::zds::workload_request::Payload;
-use mesh_api::proto::workload::zds::{AddWorkload, DelWorkload, SnapshotSent, WorkloadInfo};
+use mesh_api::proto::workload::zds::{AddWorkload, DelWorkload, KeepWorkload, SnapshotSent, WorkloadInfo};
 
 /// First pause before a refused workload is announced again.
-pub(super) const RETRY_FIRST: Duration = Duration::from_secs(1);
+pub(crate) const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause.
-pub(super) const RETRY_MAX: Duration = Duration::from_secs(30);
+pub(crate) const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// Where a network namespace is found.
+#[derive(Debug, Clone)]
+pub enum Netns {
+    /// Mounted there.
+    Path(PathBuf),
+    /// Held open, so that its number is nobody else's.
+    Held(Arc<File>),
+    /// Not found yet: what a proxy serves already it goes on with.
+    Unknown,
+}
+
+impl Netns {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn open(&self) -> io::Result<Arc<File>> {
+        match self {
+            Self::Path(path) => File::open(path).map(Arc::new),
+            Self::Held(file) => Ok(Arc::clone(file)),
+            Self::Unknown => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Differs where another namespace took the place of the last: its inode. 0 for one by its path, which stays.
+    fn stamp(&self) -> u64 {
+        match self {
+            Self::Path(_) | Self::Unknown => 0,
+            Self::Held(file) => file.metadata().map_or(0, |metadata| metadata.ino()),
+        }
+    }
+}
 
 /// A workload that should be enrolled.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Enrol {
-    /// Key of the workload in the sandbox.
+#[derive(Debug, Clone)]
+pub struct Enrol {
+    /// For people.
     pub key: String,
     /// Name, namespace, service account.
     pub info: WorkloadInfo,
     /// Its network namespace.
-    pub netns: std::path::PathBuf,
+    pub netns: Netns,
 }
 
 /// Workloads of one node by UID.
-pub(super) type Desired = BTreeMap<String, Enrol>;
+pub type Desired = BTreeMap<String, Enrol>;
 
 /// What one proxy was told so far and how it answered.
 #[derive(Debug, Default)]
-pub(super) struct Announcer {
+pub(crate) struct Announcer {
     told: BTreeMap<String, Outcome>,
+    /// Namespaces that were told.
+    stamps: BTreeMap<String, u64>,
+    /// Those without a known namespace that the proxy was told to keep.
+    kept: BTreeSet<String>,
     snapshot_sent: bool,
 }
 
 /// How a proxy answered an announcement.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub enum Outcome {
     /// It serves the workload.
     Enrolled,
     /// It refused, and may be asked again then.
@@ -50,12 +92,15 @@ pub(super) enum Outcome {
 
 impl Announcer {
     /// The next request, if there is one now. Deletions go first, so that an address or name that is used again is free.
-    pub(super) fn next(&self, desired: &Desired, now: Instant) -> Option<Payload> {
+    pub(crate) fn next(&self, desired: &Desired, now: Instant) -> Option<Payload> {
         if let Some(uid) = self.told.keys().find(|uid| !desired.contains_key(*uid)) {
             return Some(Payload::Del(DelWorkload { uid: uid.clone() }));
         }
-        let wanted = desired.iter().find(|(uid, _)| match self.told.get(*uid) {
+        let mut known = desired.iter().filter(|(_, enrol)| !matches!(enrol.netns, Netns::Unknown));
+        let wanted = known.find(|(uid, enrol)| match self.told.get(*uid) {
             None => true,
+            // A pod whose network was made anew: the proxy ends the old one.
+            Some(_) if self.stamps.get(*uid) != Some(&enrol.netns.stamp()) => true,
             Some(Outcome::Enrolled) => false,
             Some(Outcome::Refused { retry_at, .. }) => *retry_at <= now,
         });
@@ -63,29 +108,40 @@ impl Announcer {
             Some((uid, enrol)) => {
                 Some(Payload::Add(AddWorkload { uid: uid.clone(), workload_info: Some(enrol.info.clone()) }))
             }
-            None if !self.snapshot_sent => Some(Payload::SnapshotSent(SnapshotSent {})),
-            None => None,
+            None if self.snapshot_sent => None,
+            None => {
+                // What is not told of before the snapshot's end, the proxy lets go.
+                let mut unknown = desired.iter().filter(|(_, enrol)| matches!(enrol.netns, Netns::Unknown));
+                match unknown.find(|(uid, _)| !self.kept.contains(*uid)) {
+                    Some((uid, _)) => Some(Payload::Keep(KeepWorkload { uid: uid.clone() })),
+                    None => Some(Payload::SnapshotSent(SnapshotSent {})),
+                }
+            }
         }
     }
 
     /// Takes the answer to a request in; an empty error is a success.
-    pub(super) fn answered(&mut self, request: &Payload, error: &str, now: Instant) {
+    pub(crate) fn answered(&mut self, request: &Payload, desired: &Desired, error: &str, now: Instant) {
         match request {
             Payload::Add(add) => {
+                let stamp = desired.get(&add.uid).map_or(0, |enrol| enrol.netns.stamp());
+                self.stamps.insert(add.uid.clone(), stamp);
                 let outcome = if error.is_empty() { Outcome::Enrolled } else { self.refused(&add.uid, error, now) };
                 self.told.insert(add.uid.clone(), outcome);
             }
             // A proxy that cannot release it has nothing to release: it is not asked a second time.
             Payload::Del(del) => {
                 self.told.remove(&del.uid);
+                self.stamps.remove(&del.uid);
             }
             Payload::SnapshotSent(_) => self.snapshot_sent = true,
-            Payload::Keep(_) => {}
+            // It may never have heard of it, which is as good.
+            Payload::Keep(keep) => drop(self.kept.insert(keep.uid.clone())),
         }
     }
 
     /// When there is something to ask again.
-    pub(super) fn next_retry(&self) -> Option<Instant> {
+    pub(crate) fn next_retry(&self) -> Option<Instant> {
         let retry = |o: &Outcome| match o {
             Outcome::Enrolled => None,
             Outcome::Refused { retry_at, .. } => Some(*retry_at),
@@ -94,7 +150,7 @@ impl Announcer {
     }
 
     /// Answers by UID.
-    pub(super) fn outcomes(&self) -> &BTreeMap<String, Outcome> {
+    pub(crate) fn outcomes(&self) -> &BTreeMap<String, Outcome> {
         &self.told
     }
 
@@ -114,7 +170,7 @@ mod tests {
     fn desired(uids: &[&str]) -> Desired {
         let enrol = |uid: &&str| {
             let info = WorkloadInfo { name: uid.to_string(), ..WorkloadInfo::default() };
-            (uid.to_string(), Enrol { key: uid.to_string(), info, netns: "/x".into() })
+            (uid.to_string(), Enrol { key: uid.to_string(), info, netns: Netns::Path("/x".into()) })
         };
         uids.iter().map(enrol).collect()
     }
@@ -134,7 +190,7 @@ mod tests {
         let mut asked = Vec::new();
         while let Some(request) = announcer.next(desired, now) {
             asked.push(words(Some(&request)));
-            announcer.answered(&request, "", now);
+            announcer.answered(&request, desired, "", now);
         }
         asked
     }
@@ -155,7 +211,7 @@ mod tests {
         for _ in 0..7 {
             let request = announcer.next(&want, now).unwrap();
             assert_eq!(words(Some(&request)), "add a");
-            announcer.answered(&request, "port 15001 is taken", now);
+            announcer.answered(&request, &want, "port 15001 is taken", now);
             if pauses.is_empty() {
                 assert_eq!(drive(&mut announcer, &want, now), ["add b", "snapshot"]);
             }
@@ -170,8 +226,32 @@ mod tests {
     fn a_refused_workload_that_is_gone_is_taken_back() {
         let (mut announcer, now) = (Announcer::default(), Instant::now());
         let request = announcer.next(&desired(&["a"]), now).unwrap();
-        announcer.answered(&request, "no", now);
+        announcer.answered(&request, &desired(&["a"]), "no", now);
         assert_eq!(drive(&mut announcer, &desired(&[]), now), ["del a", "snapshot"]);
         assert_eq!(announcer.next_retry(), None);
+    }
+
+    #[test]
+    fn a_workload_in_another_namespace_is_told_anew() {
+        let held = |path: &str| Netns::Held(Arc::new(File::open(path).unwrap()));
+        let in_netns = |netns: Netns| {
+            let mut all = desired(&["a"]);
+            all.get_mut("a").unwrap().netns = netns;
+            all
+        };
+        let (mut announcer, now) = (Announcer::default(), Instant::now());
+        // Any two files of different numbers will do.
+        assert_eq!(drive(&mut announcer, &in_netns(held("/proc/self/ns/net")), now), ["add a", "snapshot"]);
+        assert!(drive(&mut announcer, &in_netns(held("/proc/self/ns/net")), now).is_empty());
+        assert_eq!(drive(&mut announcer, &in_netns(held("/proc/self/ns/uts")), now), ["add a"]);
+    }
+
+    #[test]
+    fn what_a_proxy_serves_is_kept_while_its_namespace_is_not_found() {
+        let (mut announcer, now) = (Announcer::default(), Instant::now());
+        let mut want = desired(&["a", "b"]);
+        want.get_mut("b").unwrap().netns = Netns::Unknown;
+        assert_eq!(drive(&mut announcer, &want, now), ["add a", "keep b", "snapshot"]);
+        assert_eq!(drive(&mut announcer, &desired(&["a", "b"]), now), ["add b"]);
     }
 }
