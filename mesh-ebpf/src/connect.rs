@@ -6,14 +6,14 @@ use core::ptr;
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt};
+use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt};
 use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_common::OUTBOUND_PORT;
 use mesh_ebpf_common::abi::{Addr, Captured, MAPPED, Workload};
 use mesh_ebpf_common::decide;
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
-use crate::maps::{CAPTURED_SOCKETS, WORKLOADS, captured_sockets};
+use crate::maps::{CAPTURED_SOCKETS, PROXY_CGROUPS, WORKLOADS, captured_sockets};
 use crate::report::{Subject, count, refuse};
 
 const IPPROTO_TCP: u32 = 6;
@@ -112,7 +112,7 @@ fn connect(ctx: &SockAddrContext, hook: Hook, dst: &Addr, rewrite: Rewrite) -> i
         count(hook, Reason::NotEnrolled);
         return ALLOW;
     };
-    let reason = judge(ctx, &workload, netns_cookie, dst, protocol);
+    let reason = if is_proxy() { Reason::ProxySocket } else { judge(ctx, &workload, netns_cookie, dst, protocol) };
     match reason.verdict() {
         Verdict::Pass => {
             // A socket can be disconnected and used again; then it answers for itself.
@@ -140,6 +140,15 @@ fn connect(ctx: &SockAddrContext, hook: Hook, dst: &Addr, rewrite: Rewrite) -> i
             DENY
         }
     }
+}
+
+/// Whether the proxy itself connects: on Kubernetes its cgroup is among those of the pods.
+#[inline(always)]
+fn is_proxy() -> bool {
+    // SAFETY: a helper about the calling task; `connect` is called by the task that wants it.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: only whether there is a value is asked.
+    unsafe { PROXY_CGROUPS.get(cgroup) }.is_some()
 }
 
 /// Decides, and for a captured connection leaves the note at the socket.

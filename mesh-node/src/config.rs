@@ -151,7 +151,7 @@ pub struct Config {
     /// Take listeners, keys and duty over from the node proxy that runs on this state directory
     #[arg(long, env = "MESH_TAKEOVER")]
     pub takeover: bool,
-    /// Move into this cgroup v2 directory first; it must be neither inside nor above the captured one
+    /// Move into this cgroup v2 directory first; it must not be above the captured one
     #[arg(long, env = "MESH_OWN_CGROUP", value_name = "DIR")]
     pub own_cgroup: Option<PathBuf>,
 }

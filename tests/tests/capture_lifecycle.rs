@@ -4,7 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -225,11 +226,44 @@ fn the_proxy_must_have_a_cgroup_of_its_own() {
     let bed = Bed::new();
     let base = bed.pods_cgroup().parent().expect("the test's own").to_owned();
     let root = base.parent().expect("the root").to_owned();
-    for proxy in [bed.pods_cgroup(), bed.cgroup(Group::App), base, root] {
+    for proxy in [bed.pods_cgroup(), base, root] {
         let config = CaptureConfig { proxy_cgroup: proxy.clone(), ..bed.config() };
         let error = Capture::open(&config).err().unwrap_or_else(|| panic!("{} was accepted", proxy.display()));
         assert!(matches!(error, CaptureError::ProxyCgroup { .. }), "{}: {error:?}", proxy.display());
     }
+}
+
+/// On Kubernetes the node proxy is itself a pod.
+#[test]
+fn a_proxy_among_the_pods_is_not_captured_and_everybody_else_is() {
+    let bed = Bed::new();
+    let own = bed.pods_cgroup().join("proxy");
+    std::fs::create_dir(&own).unwrap();
+    let capture = bed.capture_with(&CaptureConfig { proxy_cgroup: own.clone(), ..bed.config() });
+    bed.enroll(&capture, &[]);
+    let server = application(&bed, &bed.peer, Group::Outside, &[SocketAddr::new(PEER_V4.into(), 8080)]);
+    let dial = |cgroup: &Path| {
+        let script = format!(
+            "echo $$ > {}/cgroup.procs && exec busybox nsenter --net=/run/netns/{} busybox nc -w 3 {PEER_V4} 8080",
+            cgroup.display(),
+            bed.pod.name()
+        );
+        Command::new("busybox")
+            .args(["sh", "-c", &script])
+            .stdin(Stdio::null())
+            .status()
+            .expect("run busybox")
+            .success()
+    };
+    let refused = count(&capture, Hook::Connect4, Reason::Captured);
+    assert!(!dial(&bed.cgroup(Group::App)), "it was captured, and nobody listens");
+    assert_eq!(count(&capture, Hook::Connect4, Reason::Captured), refused + 1, "{}", counts(&capture));
+    dial(&own);
+    assert_eq!(count(&capture, Hook::Connect4, Reason::ProxySocket), 1, "{}", counts(&capture));
+    eventually("the proxy's connection", || server.accepted() == 1);
+    drop(capture);
+    bed.cleanup().unwrap();
+    std::fs::remove_dir(own).unwrap();
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub enum CaptureError {
     },
     /// The proxy would capture itself.
     #[error(
-        "the proxy's cgroup {proxy} must be neither the root, nor inside or above the captured cgroup {pods}: start the proxy in a cgroup of its own"
+        "the proxy's cgroup {proxy} must be neither the root, nor the captured cgroup {pods}, nor above it: start the proxy in a cgroup of its own"
     )]
     ProxyCgroup {
         /// The proxy's.
