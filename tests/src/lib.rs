@@ -7,6 +7,9 @@ pub mod bpf_map;
 pub mod cacerts;
 pub mod capture_bed;
 
+pub mod cluster;
+pub mod cluster_bed;
+
 pub mod ends;
 pub mod greeter;
 pub mod hostile;

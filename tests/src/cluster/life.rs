@@ -1,0 +1,305 @@
+//! A whole cluster: up, down, and what is asked of it in between.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use mesh_ctl::sandbox::{files, process};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use super::addresses::MOST_NODES;
+use super::cgroups::Cgroups;
+use super::control_plane::{self, ControlPlane};
+use super::record::{Record, Turn};
+use super::{Addresses, Image, Node, Progress, configuration, dns, node, report, shell, tools, watch};
+
+/// Two nodes are ready after six seconds on an idle machine.
+const READY_WITHIN: Duration = Duration::from_secs(180);
+/// For whatever a caller waits without a limit of its own.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a cluster shall be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// 1 to 9; clusters of different ids run side by side.
+    pub id: u8,
+    /// 1 to 3.
+    pub nodes: u8,
+    /// Whether names are answered.
+    pub dns: Dns,
+}
+
+/// Whether a cluster has a DNS server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dns {
+    /// CoreDNS at the usual address.
+    CoreDns,
+    /// Pods are given its address and nobody answers.
+    Nobody,
+}
+
+/// A cluster that is up. To drop it leaves it up.
+#[derive(Debug)]
+pub struct Cluster {
+    id: u8,
+    addresses: Addresses,
+    nodes: u8,
+    programs: PathBuf,
+}
+
+impl Cluster {
+    /// Builds what is missing, starts everything, and returns when the nodes are ready. On failure nothing stays but the
+    /// error, which has the logs' last lines.
+    ///
+    /// # Errors
+    /// The id is taken, or something does not start.
+    pub fn up(options: &Options, progress: Progress<'_>) -> Result<Self> {
+        let addresses = Addresses::of(options.id)?;
+        ensure!((1..=MOST_NODES).contains(&options.nodes), "a cluster has 1 to {MOST_NODES} nodes");
+        ensure!(nix::unistd::geteuid().is_root(), "a cluster needs root");
+        let programs = tools::KUBERNETES.ready(progress)?;
+        let directory = Record::directory(options.id);
+        ensure!(
+            Record::make_directory(options.id)?,
+            "{} exists: cluster {} is up or was left; end it with `mesh-cluster down --id {}`",
+            directory.display(),
+            options.id,
+            options.id
+        );
+        let started = Instant::now();
+        let mut cgroups = BTreeMap::new();
+        let names = (1..=options.nodes).map(|number| format!("n{number}"));
+        for part in names.chain([control_plane::PART.to_owned()]) {
+            cgroups.insert(part.clone(), Cgroups::below_own(&format!("{}-{part}", addresses.prefix()))?);
+        }
+        let mut record = Record { addresses, nodes: options.nodes, programs, cgroups, processes: BTreeMap::new() };
+        record.save()?;
+        let cluster = Self::of(&record);
+        let built = cluster.build(&mut record, options, &mut |line: &str| {
+            progress(&format!("{line} after {:.1} s", started.elapsed().as_secs_f64()));
+        });
+        if let Err(error) = built {
+            let shown = report::of(&record);
+            // The first failure is what counts.
+            let _ended = Self::down(options.id);
+            return Err(error.context(shown));
+        }
+        Ok(cluster)
+    }
+
+    /// One that is up.
+    ///
+    /// # Errors
+    /// There is none of this id.
+    pub fn open(id: u8) -> Result<Self> {
+        let record = Record::load(id)?.with_context(|| format!("there is no cluster {id}"))?;
+        Ok(Self::of(&record))
+    }
+
+    /// Ends a cluster and gives back all that it had, whoever made it and however that one ended. False if there was none.
+    ///
+    /// # Errors
+    /// Something cannot be given back.
+    pub fn down(id: u8) -> Result<bool> {
+        let directory = Record::directory(id);
+        if !directory.exists() {
+            return Ok(false);
+        }
+        let _turn = Turn::wait(id)?;
+        if let Some(mut record) = Record::load(id)? {
+            for number in 1..=record.nodes {
+                Node { id, number }.cut(&mut record)?;
+            }
+            if let Some(cgroups) = record.cgroups.get(control_plane::PART) {
+                cgroups.remove().context("end the control plane")?;
+            }
+            for ended in record.processes.values() {
+                // Collects it if it is a child of this process; it is dead.
+                let _status = waitpid(Pid::from_raw(ended.pid), None);
+            }
+            let bridge = record.addresses.prefix();
+            if node::link_exists(&bridge) {
+                shell::ip(&format!("link del {bridge}"))?;
+            }
+        }
+        match fs::remove_dir_all(&directory) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(error).with_context(|| format!("remove {}", directory.display())),
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u8 {
+        self.id
+    }
+
+    /// Its addresses.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Where its state and its logs are.
+    pub fn directory(&self) -> PathBuf {
+        Record::directory(self.id)
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.directory().join("admin.conf")
+    }
+
+    /// Its nodes, running or not.
+    pub fn nodes(&self) -> Vec<Node> {
+        (1..=self.nodes).map(|number| Node { id: self.id, number }).collect()
+    }
+
+    /// The node of a name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        let node = self.nodes().into_iter().find(|node| node.name() == name);
+        node.with_context(|| format!("cluster {} has no node {name}: they are n1 to n{}", self.id, self.nodes))
+    }
+
+    /// Every process of the record by name, with its id and whether it runs.
+    ///
+    /// # Errors
+    /// The cluster is gone.
+    pub fn processes(&self) -> Result<Vec<(String, i32, bool)>> {
+        let record = self.record()?;
+        Ok(record.processes.iter().map(|(name, p)| (name.clone(), p.pid, process::is_alive(p))).collect())
+    }
+
+    /// kubectl as the administrator, not started yet.
+    pub fn kubectl_command(&self) -> Command {
+        let mut command = Command::new(self.programs.join("kubectl"));
+        command.env("KUBECONFIG", self.kubeconfig());
+        command
+    }
+
+    /// Standard output of kubectl as the administrator.
+    ///
+    /// # Errors
+    /// kubectl fails; its standard error is part of the message.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        shell::output(self.kubectl_command().args(arguments))
+    }
+
+    /// Applies manifests.
+    ///
+    /// # Errors
+    /// They are refused.
+    pub fn apply(&self, yaml: &str) -> Result<String> {
+        shell::output_with(self.kubectl_command().args(["apply", "-f", "-"]), yaml)
+    }
+
+    /// `kubectl wait ARGUMENTS`, such as `--for=condition=Ready pod/web`, also for what does not exist yet.
+    ///
+    /// # Errors
+    /// It does not happen in [`PATIENCE`]; the message has the cluster's state.
+    pub fn wait(&self, arguments: &[&str]) -> Result<()> {
+        let what = format!("kubectl wait {}", arguments.join(" "));
+        self.until(&what, || {
+            shell::output(self.kubectl_command().arg("wait").args(arguments).arg("--timeout=5s")).map(Some)
+        })
+        .map(drop)
+    }
+
+    /// Looks until there is something.
+    ///
+    /// # Errors
+    /// There is nothing in [`PATIENCE`]; the message has the cluster's state.
+    pub fn until<T>(&self, what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        watch::until(what, PATIENCE, look).map_err(|error| error.context(self.report()))
+    }
+
+    /// Nodes, pods, events and the logs' last lines.
+    pub fn report(&self) -> String {
+        self.record().map_or_else(|error| format!("{error:#}"), |record| report::of(&record))
+    }
+
+    /// Loads an image into every node that runs, and into the others when they start.
+    ///
+    /// # Errors
+    /// It cannot be made, or a node refuses it.
+    pub fn load(&self, image: &Image) -> Result<()> {
+        let file = self.save_image(image)?;
+        for node in self.nodes() {
+            if node.first_process()?.is_some() {
+                node.sh(&["ctr", "-n", "k8s.io", "images", "import", &file.to_string_lossy()])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn of(record: &Record) -> Self {
+        let addresses = record.addresses;
+        Self { id: addresses.id(), addresses, nodes: record.nodes, programs: record.programs.clone() }
+    }
+
+    fn record(&self) -> Result<Record> {
+        Record::load(self.id)?.with_context(|| format!("cluster {} is gone", self.id))
+    }
+
+    fn build(&self, record: &mut Record, options: &Options, progress: Progress<'_>) -> Result<()> {
+        let _turn = Turn::wait(self.id)?;
+        self.save_image(&Image::busybox()?)?;
+        if options.dns == Dns::CoreDns {
+            self.save_image(&dns::image(progress)?)?;
+        }
+        record.cgroups[control_plane::PART].create()?;
+        for line in configuration::bridge(&self.addresses, self.nodes).lines() {
+            shell::ip(line)?;
+        }
+        ControlPlane::of(record).start()?;
+        progress("the control plane is ready");
+        for node in self.nodes() {
+            node.boot(record)?;
+        }
+        let proxies = ["create", "clusterrolebinding", "kube-proxy", "--clusterrole=system:node-proxier"];
+        self.kubectl(&[&proxies[..], &["--user=system:kube-proxy"]].concat())?;
+        if options.dns == Dns::CoreDns {
+            self.apply(&dns::manifests(&self.addresses))?;
+        }
+        let names: Vec<String> = self.nodes().iter().map(|node| format!("node/{}", node.name())).collect();
+        watch::until("all nodes are ready", READY_WITHIN, || {
+            for node in self.nodes() {
+                ensure!(node.first_process()?.is_some(), "node {} has ended; see node.log", node.name());
+            }
+            let mut wait = self.kubectl_command();
+            wait.args(["wait", "--for=condition=Ready", "--timeout=5s"]).args(&names);
+            shell::output(&mut wait).map(Some)
+        })?;
+        watch::until("the default service account exists", READY_WITHIN, || {
+            self.kubectl(&["get", "serviceaccount", "default"]).map(Some)
+        })?;
+        progress("the nodes are ready");
+        if options.dns == Dns::CoreDns {
+            watch::until("names are answered", READY_WITHIN, || {
+                let wait =
+                    ["wait", "--for=condition=Available", "--timeout=5s", "-n", "kube-system", "deployment/coredns"];
+                self.kubectl(&wait).map(Some)
+            })?;
+            progress("DNS is ready");
+        }
+        Ok(())
+    }
+
+    /// Writes its archive to where nodes look when they start.
+    fn save_image(&self, image: &Image) -> Result<PathBuf> {
+        let directory = self.directory().join("images");
+        files::private_dir(&directory)?;
+        let (file, unfinished) = (directory.join(image.file_name()), directory.join("unfinished"));
+        let write = || fs::File::create(&unfinished)?.write_all(&image.archive()?).map_err(anyhow::Error::from);
+        write().with_context(|| format!("write image {}", image.name()))?;
+        fs::rename(&unfinished, &file).with_context(|| format!("name {}", file.display()))?;
+        Ok(file)
+    }
+}
