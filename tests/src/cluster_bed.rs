@@ -1,5 +1,4 @@
-//! Clusters for tests: an id that no other test has, one cluster for as long as the bed lives, and its state in the message
-//! of a failing test.
+//! Clusters for tests: an id that no other test has, and one cluster for as long as the bed lives.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -34,9 +33,6 @@ impl ClusterBed {
 
 impl Drop for ClusterBed {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}", self.cluster.report());
-        }
         if let Err(error) = Cluster::down(self.cluster.id()) {
             eprintln!("cluster {} has not ended: {error:#}", self.cluster.id());
         }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use mesh_ctl::sandbox::cgroup;
 
 use super::Cluster;
+use super::cgroups::Cgroups;
 use super::record::Record;
 
 /// What a cluster had at one moment.
@@ -31,7 +32,7 @@ impl Footprint {
         let pids = tops.clone().flat_map(|cgroups| cgroup::processes(&cgroups.unified));
         Ok(Self {
             processes: pids.filter_map(|pid| Some((pid, start_time(pid)?))).collect(),
-            cgroups: tops.flat_map(|cgroups| cgroups.all()).cloned().collect(),
+            cgroups: tops.flat_map(Cgroups::all).cloned().collect(),
             directory: cluster.directory(),
             prefix: cluster.addresses().prefix(),
         })

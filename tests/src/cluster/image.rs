@@ -16,9 +16,9 @@ use super::{shell, tools};
 /// The image of every pod's pause container: busybox with some of its applets, which tests use as well.
 pub const BUSYBOX: &str = "localhost/busybox:1";
 /// What it can be called as.
-const APPLETS: [&str; 24] = [
+const APPLETS: [&str; 25] = [
     "cat", "chmod", "date", "env", "grep", "head", "hostname", "httpd", "id", "ip", "ls", "mkdir", "mount", "nc",
-    "nslookup", "ping", "printf", "ps", "seq", "sh", "sleep", "tail", "umount", "wget",
+    "nslookup", "ping", "printf", "ps", "seq", "sh", "sleep", "tail", "timeout", "umount", "wget",
 ];
 
 /// One layer, and how a container of it starts.

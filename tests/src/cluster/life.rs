@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use mesh_ctl::sandbox::{files, process};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
@@ -87,7 +87,7 @@ impl Cluster {
             let shown = report::of(&record);
             // The first failure is what counts.
             let _ended = Self::down(options.id);
-            return Err(error.context(shown));
+            return Err(anyhow!("{error:#}\n{shown}"));
         }
         Ok(cluster)
     }
@@ -217,7 +217,7 @@ impl Cluster {
     /// # Errors
     /// There is nothing in [`PATIENCE`]; the message has the cluster's state.
     pub fn until<T>(&self, what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-        watch::until(what, PATIENCE, look).map_err(|error| error.context(self.report()))
+        watch::until(what, PATIENCE, look).map_err(|error| anyhow!("{error:#}\n{}", self.report()))
     }
 
     /// Nodes, pods, events and the logs' last lines.
