@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod cargo_test;
+mod cluster;
 mod compile;
 mod ebpf;
 mod kernel;
@@ -56,6 +57,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Set up, build and start a Kubernetes cluster; arguments go to `mesh-cluster` (none: `up`).
+    Cluster {
+        /// What `mesh-cluster` is to do; `--help` names all.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Run every check and test that CI runs, cheap ones first.
     Test(test::Options),
     /// Measure throughput, latency, CPU and memory against plain routing (and a peer); arguments go to `mesh-bench run`.
@@ -93,6 +100,7 @@ fn run(task: Task) -> Result<ExitCode> {
             println!("{}", ebpf::build(&tree)?.display());
         }
         Task::Sandbox { arguments } => return sandbox::run(&tree, &arguments),
+        Task::Cluster { arguments } => return cluster::run(&tree, &arguments),
         Task::Bench { arguments } => return bench::run(&tree, &arguments),
         Task::Test(options) => return test::run(&tree, &options),
         Task::Tidy => return tidy::run(&tree),

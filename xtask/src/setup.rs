@@ -1,4 +1,4 @@
-//! Installs what the build, the tests and the sandbox need: Debian or Ubuntu packages, rustup components, bpf-linker.
+//! Installs what the build, the tests and the sandbox need: Debian or Ubuntu packages, rustup components, bpf-linker, Go.
 //!
 //! Each part is looked for by what it brings (a program, a source tree), not by its package, so that another
 //! distribution or a hand-made installation is fine too. Services that packages bring are neither started nor enabled.
@@ -12,6 +12,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::{ebpf, process};
+
+mod go;
 
 /// The version that the kernel programs are linked and tested with.
 const BPF_LINKER: &str = "0.10.3";
@@ -41,6 +43,7 @@ enum Source {
     },
     RustupComponents(&'static [&'static str]),
     BpfLinker,
+    GoToolchain,
 }
 
 const fn program(name: &'static str, why: &'static str, packages: &'static [&'static str]) -> Part {
@@ -48,7 +51,7 @@ const fn program(name: &'static str, why: &'static str, packages: &'static [&'st
 }
 
 /// In the order of installation: bpf-linker is compiled, so the compiler comes first.
-const PARTS: [Part; 22] = [
+const PARTS: [Part; 28] = [
     program("cc", "links every crate and compiles the cryptography", &["gcc", "libc6-dev"]),
     program("make", "compiles the node proxy's allocator", &["make"]),
     program("git", "tells tidy which files are ours", &["git"]),
@@ -99,6 +102,27 @@ const PARTS: [Part; 22] = [
     program("busybox", "is all that runs on those kernels beside the tests", &["busybox-static"]),
     program("cpio", "packs what they boot from", &["cpio"]),
     Part {
+        name: "containerd",
+        why: "runs the pods of the Kubernetes test cluster",
+        probe: Probe::Program,
+        source: Source::Packages { names: &["containerd"], services: &["containerd.service"] },
+    },
+    program("runc", "makes their containers", &["runc"]),
+    Part {
+        name: "CNI plugins",
+        why: "connect them",
+        probe: Probe::Custom(has_cni_plugins),
+        source: Source::Packages { names: &["containernetworking-plugins"], services: &[] },
+    },
+    program("iptables", "opens ports of nodes to them", &["iptables"]),
+    program("nft", "is how kube-proxy spreads connections", &["nftables"]),
+    Part {
+        name: "go",
+        why: "compiles the programs of that cluster",
+        probe: Probe::Custom(go::is_present),
+        source: Source::GoToolchain,
+    },
+    Part {
         name: "clippy and rustfmt",
         why: "the first checks of `cargo xtask test`",
         probe: Probe::Custom(has_lints),
@@ -132,6 +156,7 @@ impl Part {
             Source::Packages { names, .. } => format!("apt-get install {}", names.join(" ")),
             Source::RustupComponents(components) => format!("rustup component add {}", components.join(" ")),
             Source::BpfLinker => format!("cargo install {}", bpf_linker_arguments().join(" ")),
+            Source::GoToolchain => go::description(),
         }
     }
 }
@@ -140,6 +165,12 @@ fn has_postgres() -> bool {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     process::find("postgres").is_some()
         || versions.into_iter().any(|version| version.path().join("bin/postgres").is_file())
+}
+
+fn has_cni_plugins() -> bool {
+    ["bridge", "host-local", "loopback", "portmap"]
+        .iter()
+        .all(|plugin| Path::new("/usr/lib/cni").join(plugin).is_file())
 }
 
 fn has_lints() -> bool {
@@ -188,6 +219,11 @@ pub(crate) fn install() -> Result<()> {
                 let mut command = Command::new("cargo");
                 command.arg("install").args(bpf_linker_arguments());
                 command
+            }
+            Source::GoToolchain => {
+                println!("setup: {}", part.command());
+                go::install()?;
+                continue;
             }
         };
         println!("setup: {} (this takes about a minute)", part.command());

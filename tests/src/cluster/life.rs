@@ -134,6 +134,11 @@ impl Cluster {
         }
     }
 
+    /// Whether there is a cluster of this id, or what is left of one.
+    pub fn exists(id: u8) -> bool {
+        Record::directory(id).exists()
+    }
+
     /// Its id.
     pub fn id(&self) -> u8 {
         self.id
