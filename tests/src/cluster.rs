@@ -20,6 +20,7 @@ pub mod node;
 mod pki;
 mod record;
 mod report;
+mod requests;
 mod shell;
 pub mod tools;
 mod watch;
@@ -27,8 +28,9 @@ mod watch;
 pub use addresses::Addresses;
 pub use footprint::Footprint;
 pub use image::Image;
-pub use life::{Cluster, Dns, Options, PATIENCE};
+pub use life::{Cluster, Dns, Options};
 pub use node::Node;
+pub use requests::PATIENCE;
 pub use tools::{Tools, cache_directory};
 
 /// Told what is being done, one line each.

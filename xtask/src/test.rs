@@ -79,6 +79,12 @@ fn tests(tree: &Tree, stages: &mut Stages, options: &Options) -> bool {
         let command = tree.cargo(&["test", "--locked", "--no-fail-fast", "--workspace", "--exclude=mesh-tests"]);
         harness(command, &["--quiet"], UNIT_LIMIT, options)
     });
+    // Minutes on a fresh machine, nothing later. A test that was named builds what it needs by itself.
+    if options.filter.is_none() {
+        let mut build = Command::new(tree.target.join(Profile::Debug.directory()).join("mesh-cluster"));
+        build.arg("build");
+        stages.run("Kubernetes programs", || process::run(build).map(|()| Tally::ONE));
+    }
     stages.run("data path tests", || {
         require_root()?;
         let command = tree.cargo(&["test", "--locked", "--no-fail-fast", "--package=mesh-tests"]);

@@ -21,6 +21,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Build all programs into the cache: those of clusters, CoreDNS and helm.
+    Build,
     /// Start a cluster; builds its programs first if they are not in the cache.
     Up {
         /// 1 to 3.
@@ -96,6 +98,12 @@ fn main() -> ExitCode {
 
 fn run(id: u8, verb: Verb) -> Result<()> {
     match verb {
+        Verb::Build => {
+            for module in [tools::KUBERNETES, tools::COREDNS, tools::HELM] {
+                println!("{}", module.ready(&mut say)?.display());
+            }
+            Ok(())
+        }
         Verb::Up { nodes, without_dns } => {
             up(&Options { id, nodes, dns: if without_dns { Dns::Nobody } else { Dns::CoreDns } })
         }
@@ -130,7 +138,11 @@ fn run(id: u8, verb: Verb) -> Result<()> {
         Verb::Helm { arguments } => {
             let helm = tools::HELM.program("helm", &mut say)?;
             let mut command = std::process::Command::new(helm);
-            command.env("KUBECONFIG", Cluster::open(id)?.kubeconfig()).args(arguments);
+            // Much of helm needs no cluster.
+            if let Ok(cluster) = Cluster::open(id) {
+                command.env("KUBECONFIG", cluster.kubeconfig());
+            }
+            command.args(arguments);
             Err(command.exec()).context("start helm")
         }
     }

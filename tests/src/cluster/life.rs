@@ -1,10 +1,9 @@
-//! A whole cluster: up, down, and what is asked of it in between.
+//! A whole cluster: up, down, its parts and its images.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -20,8 +19,6 @@ use super::{Addresses, Image, Node, Progress, configuration, dns, node, report, 
 
 /// Two nodes are ready after six seconds on an idle machine.
 const READY_WITHIN: Duration = Duration::from_secs(180);
-/// For whatever a caller waits without a limit of its own.
-pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What a cluster shall be.
 #[derive(Debug, Clone)]
@@ -49,7 +46,7 @@ pub struct Cluster {
     id: u8,
     addresses: Addresses,
     nodes: u8,
-    programs: PathBuf,
+    pub(super) programs: PathBuf,
 }
 
 impl Cluster {
@@ -182,54 +179,6 @@ impl Cluster {
         Ok(record.processes.iter().map(|(name, p)| (name.clone(), p.pid, process::is_alive(p))).collect())
     }
 
-    /// kubectl as the administrator, not started yet.
-    pub fn kubectl_command(&self) -> Command {
-        let mut command = Command::new(self.programs.join("kubectl"));
-        command.env("KUBECONFIG", self.kubeconfig());
-        command
-    }
-
-    /// Standard output of kubectl as the administrator.
-    ///
-    /// # Errors
-    /// kubectl fails; its standard error is part of the message.
-    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        shell::output(self.kubectl_command().args(arguments))
-    }
-
-    /// Applies manifests.
-    ///
-    /// # Errors
-    /// They are refused.
-    pub fn apply(&self, yaml: &str) -> Result<String> {
-        shell::output_with(self.kubectl_command().args(["apply", "-f", "-"]), yaml)
-    }
-
-    /// `kubectl wait ARGUMENTS`, such as `--for=condition=Ready pod/web`, also for what does not exist yet.
-    ///
-    /// # Errors
-    /// It does not happen in [`PATIENCE`]; the message has the cluster's state.
-    pub fn wait(&self, arguments: &[&str]) -> Result<()> {
-        let what = format!("kubectl wait {}", arguments.join(" "));
-        self.until(&what, || {
-            shell::output(self.kubectl_command().arg("wait").args(arguments).arg("--timeout=5s")).map(Some)
-        })
-        .map(drop)
-    }
-
-    /// Looks until there is something.
-    ///
-    /// # Errors
-    /// There is nothing in [`PATIENCE`]; the message has the cluster's state.
-    pub fn until<T>(&self, what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-        watch::until(what, PATIENCE, look).map_err(|error| anyhow!("{error:#}\n{}", self.report()))
-    }
-
-    /// Nodes, pods, events and the logs' last lines.
-    pub fn report(&self) -> String {
-        self.record().map_or_else(|error| format!("{error:#}"), |record| report::of(&record))
-    }
-
     /// Loads an image into every node that runs, and into the others when they start.
     ///
     /// # Errors
@@ -249,7 +198,7 @@ impl Cluster {
         Self { id: addresses.id(), addresses, nodes: record.nodes, programs: record.programs.clone() }
     }
 
-    fn record(&self) -> Result<Record> {
+    pub(super) fn record(&self) -> Result<Record> {
         Record::load(self.id)?.with_context(|| format!("cluster {} is gone", self.id))
     }
 
