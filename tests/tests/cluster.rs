@@ -174,7 +174,7 @@ fn certificates_are_signed_charts_installed_and_images_of_our_programs_run() {
     let cluster = &bed.cluster;
     signed_certificate_is_a_user(cluster);
     chart_is_installed(cluster);
-    own_program_runs(cluster);
+    own_programs_run(cluster);
 }
 
 fn signed_certificate_is_a_user(cluster: &Cluster) {
@@ -248,18 +248,33 @@ fn chart_is_installed(cluster: &Cluster) {
     assert!(cluster.kubectl(&["get", "configmap", "first"]).is_err());
 }
 
-/// A program that is linked with shared libraries; its image stays over a power cut.
-fn own_program_runs(cluster: &Cluster) {
-    let probe = env!("CARGO_BIN_EXE_mesh-probe");
-    let image = Image::new("localhost/probe:1").program("bin/probe", Path::new(probe)).unwrap();
-    cluster.load(&image.entrypoint(&["/bin/probe"]).command(&["serve", "7"])).unwrap();
+/// Programs that are linked with shared libraries: one image from before a power cut, one that comes while the node starts.
+fn own_programs_run(cluster: &Cluster) {
+    let probe = Path::new(env!("CARGO_BIN_EXE_mesh-probe"));
+    let image = |name: &str| {
+        let image = Image::new(name).program("bin/probe", probe).unwrap();
+        image.entrypoint(&["/bin/probe"]).command(&["serve", "7"])
+    };
     let node = cluster.node("n1").unwrap();
+    cluster.load(&image("localhost/early:1")).unwrap();
     node.stop().unwrap();
     node.start().unwrap();
-    let pod = r#"{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe"}, "spec": {"terminationGracePeriodSeconds": 0,
-        "containers": [{"name": "c", "image": "localhost/probe:1", "readinessProbe": {"tcpSocket": {"port": 7}, "periodSeconds": 1}}]}}"#;
-    cluster.apply(pod).unwrap();
-    cluster.wait(&["--for=condition=Ready", "pod/probe"]).unwrap_or_else(|error| panic!("{error:#}"));
+    cluster.load(&image("localhost/late:1")).unwrap();
+    for name in ["early", "late"] {
+        let pod = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": {"terminationGracePeriodSeconds": 0, "containers": [{
+                "name": "c",
+                "image": format!("localhost/{name}:1"),
+                "imagePullPolicy": "Never",
+                "readinessProbe": {"tcpSocket": {"port": 7}, "periodSeconds": 1},
+            }]},
+        });
+        cluster.apply(&pod.to_string()).unwrap();
+    }
+    cluster.wait(&["--for=condition=Ready", "pod/early", "pod/late"]).unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -19,6 +19,12 @@ use super::{Addresses, Image, Node, Progress, configuration, dns, node, report, 
 
 /// Two nodes are ready after six seconds on an idle machine.
 const READY_WITHIN: Duration = Duration::from_secs(180);
+/// A second for a hundred megabytes, once containerd runs.
+const LOADED_WITHIN: Duration = Duration::from_secs(60);
+/// Programs of the machine that nodes run.
+const NEEDED: [&str; 9] = ["containerd", "ctr", "runc", "nft", "iptables", "ip", "bash", "unshare", "nsenter"];
+/// Where Debian's package has the CNI plugins.
+const PLUGINS: &str = "/usr/lib/cni";
 
 /// What a cluster shall be.
 #[derive(Debug, Clone)]
@@ -59,6 +65,8 @@ impl Cluster {
         let addresses = Addresses::of(options.id)?;
         ensure!((1..=MOST_NODES).contains(&options.nodes), "a cluster has 1 to {MOST_NODES} nodes");
         ensure!(nix::unistd::geteuid().is_root(), "a cluster needs root");
+        let missing = missing();
+        ensure!(missing.is_empty(), "a cluster needs {}: run `cargo xtask setup`", missing.join(", "));
         let programs = tools::KUBERNETES.ready(progress)?;
         let directory = Record::directory(options.id);
         ensure!(
@@ -184,11 +192,16 @@ impl Cluster {
     /// # Errors
     /// It cannot be made, or a node refuses it.
     pub fn load(&self, image: &Image) -> Result<()> {
+        let _turn = Turn::wait(self.id)?;
         let file = self.save_image(image)?;
         for node in self.nodes() {
-            if node.first_process()?.is_some() {
-                node.sh(&["ctr", "-n", "k8s.io", "images", "import", &file.to_string_lossy()])?;
+            if node.first_process()?.is_none() {
+                continue;
             }
+            // One that was just switched on has no containerd yet.
+            watch::until(&format!("node {} takes image {}", node.name(), image.name()), LOADED_WITHIN, || {
+                node.sh(&["ctr", "-n", "k8s.io", "images", "import", &file.to_string_lossy()]).map(Some)
+            })?;
         }
         Ok(())
     }
@@ -256,4 +269,15 @@ impl Cluster {
         fs::rename(&unfinished, &file).with_context(|| format!("name {}", file.display()))?;
         Ok(file)
     }
+}
+
+/// What nodes need and this machine lacks.
+fn missing() -> Vec<&'static str> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_there = |program: &&str| std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
+    let mut missing: Vec<&str> = NEEDED.into_iter().filter(|program| !is_there(program)).collect();
+    if !Path::new(PLUGINS).join("bridge").is_file() {
+        missing.push("CNI plugins");
+    }
+    missing
 }

@@ -147,7 +147,7 @@ impl Tools {
         let unfinished = program.with_extension("unfinished");
         let mut command = Command::new(go);
         command.current_dir(source).env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly -buildvcs=false");
-        command.env("GOTOOLCHAIN", "local");
+        command.env("GOTOOLCHAIN", "local").env("GOWORK", "off");
         command.args(["build", "-trimpath", "-ldflags", &linker, "-o"]).arg(&unfinished).arg(package);
         shell::output(&mut command)?;
         fs::rename(&unfinished, program).with_context(|| format!("name {}", program.display()))
