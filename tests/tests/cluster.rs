@@ -112,6 +112,7 @@ fn pods_of_two_nodes_reach_each_other_by_address_service_and_name_and_survive_a_
     assert_eq!(cut.first_process().unwrap(), None);
     assert!(cut.sh(&["true"]).is_err(), "a command ran in a node that is off");
     cut.start().unwrap();
+    cluster.wait_for_kubelet("n2").unwrap_or_else(|error| panic!("{error:#}"));
     assert_ne!(cut.first_process().unwrap(), before);
     cluster
         .until("pod b runs again", || {
@@ -126,11 +127,13 @@ fn pods_of_two_nodes_reach_each_other_by_address_service_and_name_and_survive_a_
 
 #[test]
 fn down_leaves_nothing_and_needs_no_memory_of_up() {
+    let machine = settings();
     let bed = ClusterBed::up(1, Dns::Nobody);
     let id = bed.cluster.id();
     let print = Footprint::of(&bed.cluster).unwrap();
     assert!(print.processes.len() >= 8, "control plane and node: {print:?}");
     assert_eq!(print.links().len(), 2, "bridge and one node: {print:?}");
+    assert_eq!(settings(), machine, "a node changed the machine");
     // A second one of the same id is refused, and does no harm to the first.
     let options = Options { id, nodes: 1, dns: Dns::Nobody };
     let refused = Cluster::up(&options, &mut |_| {}).unwrap_err().to_string();
@@ -143,12 +146,26 @@ fn down_leaves_nothing_and_needs_no_memory_of_up() {
     assert!(!Cluster::down(id).unwrap(), "there was still a cluster");
 }
 
+/// What kubelet and CNI plugins would like to set for the whole machine.
+fn settings() -> Vec<String> {
+    let files =
+        ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward"];
+    let read = |file: &str| std::fs::read_to_string(Path::new("/proc/sys").join(file)).unwrap();
+    files.into_iter().chain(["net/ipv6/conf/all/forwarding"]).map(read).collect()
+}
+
 #[test]
 fn a_cluster_whose_builder_was_killed_can_be_ended() {
     let bed = ClusterBed::up(1, Dns::Nobody);
     let id = bed.cluster.id();
     assert!(Cluster::down(id).unwrap());
     let prefix = bed.cluster.addresses().prefix();
+    // What is another's is left alone.
+    let ip = |arguments: &str| assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success());
+    ip(&format!("link add {prefix} type bridge"));
+    let refused = Cluster::up(&Options { id, nodes: 1, dns: Dns::Nobody }, &mut |_| {}).unwrap_err().to_string();
+    ip(&format!("link del {prefix}"));
+    assert!(refused.contains(&prefix) && !Cluster::exists(id), "{refused}");
     let parts = ["etcd", "n1"];
     // The builder dies when the first process is there, and when the last one is.
     for part in parts {

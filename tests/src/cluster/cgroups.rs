@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 use mesh_ctl::sandbox::cgroup;
 use serde::{Deserialize, Serialize};
 
+use super::watch;
+
+/// How long killed processes may take to go.
+const ENDED_WITHIN: Duration = Duration::from_secs(60);
 /// How long an empty cgroup of v1 may stay busy.
 const FREE_WITHIN: Duration = Duration::from_secs(10);
 /// Pause between looks.
@@ -91,7 +95,8 @@ impl Cgroups {
 
     /// Kills what is in them and removes them.
     pub(super) fn remove(&self) -> Result<()> {
-        cgroup::remove(&self.unified)?;
+        // Hundreds of processes on a busy machine take longer than the sandbox ever waits.
+        watch::until("all processes end", ENDED_WITHIN, || cgroup::remove(&self.unified).map(Some))?;
         self.legacy.iter().try_for_each(|directory| remove_tree(directory))
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
+use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,11 @@ impl Cluster {
             options.id,
             options.id
         );
+        if let Err(error) = unused(&addresses) {
+            // Nothing else has been made yet.
+            fs::remove_dir(&directory).with_context(|| format!("remove {}", directory.display()))?;
+            return Err(error);
+        }
         let started = Instant::now();
         let mut cgroups = BTreeMap::new();
         let names = (1..=options.nodes).map(|number| format!("n{number}"));
@@ -269,6 +275,15 @@ impl Cluster {
         fs::rename(&unfinished, &file).with_context(|| format!("name {}", file.display()))?;
         Ok(file)
     }
+}
+
+/// What others have under the cluster's names and addresses would be taken for ours, and removed.
+fn unused(addresses: &Addresses) -> Result<()> {
+    let (bridge, host) = (addresses.prefix(), addresses.host().0);
+    ensure!(!node::link_exists(&bridge), "there is a link {bridge} already, and it is no cluster's");
+    let is_local = UdpSocket::bind((host, 0)).is_ok();
+    ensure!(!is_local, "this machine has address {host} already: something else uses it");
+    Ok(())
 }
 
 /// What nodes need and this machine lacks.

@@ -59,6 +59,22 @@ impl Cluster {
         self.record().map_or_else(|error| format!("{error:#}"), |record| report::of(&record))
     }
 
+    /// Waits until the kubelet of a node that was switched on has reported. The API server takes a node for ready for 40 s
+    /// after it was switched off, so that condition alone says nothing.
+    ///
+    /// # Errors
+    /// It does not report in [`PATIENCE`]; the message has the cluster's state.
+    pub fn wait_for_kubelet(&self, node: &str) -> Result<()> {
+        let renewed = || {
+            let lease = format!("lease/{node}");
+            self.kubectl(&["-n", "kube-node-lease", "get", &lease, "-o", "jsonpath={.spec.renewTime}"])
+        };
+        // A kubelet that was cut off early has no lease yet.
+        let before = renewed().unwrap_or_default();
+        self.until(&format!("kubelet of {node} reports"), || Ok((renewed()? != before).then_some(())))?;
+        self.wait(&["--for=condition=Ready", &format!("node/{node}")])
+    }
+
     /// Standard output of helm as the administrator; builds it if it is not there.
     ///
     /// # Errors
