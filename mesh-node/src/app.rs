@@ -24,9 +24,9 @@ use tracing::{error, info, warn};
 use self::host::NodeHost;
 use crate::admin::metrics::{self, KernelCounts, PartCounts, ReadKernel};
 use crate::admin::{self, AdminState, events};
-use crate::capture::{Capture, CaptureConfig, CaptureError, own_cgroup};
+use crate::capture::{Capture, CaptureConfig, CaptureError, kubernetes_cgroup, own_cgroup};
 use crate::certificates::{Certificates, CertificatesHandle};
-use crate::config::Config;
+use crate::config::{AUTO, Config};
 use crate::controller::{ControllerConfig, Pod};
 use crate::enrol::{self, EnrolMetrics, EnrolmentStatus, Host, Roster, Session};
 use crate::logging::LogHandle;
@@ -268,7 +268,11 @@ struct Outside {
 
 fn open_capture(config: &Config) -> anyhow::Result<Capture> {
     let own = own_cgroup().context("own cgroup")?;
-    Ok(Capture::open(&CaptureConfig::new(&config.bpffs, &config.cgroup, own))?)
+    let pods = match config.cgroup.as_os_str() == AUTO {
+        true => kubernetes_cgroup().context("--cgroup auto")?,
+        false => config.cgroup.clone(),
+    };
+    Ok(Capture::open(&CaptureConfig::new(&config.bpffs, pods, own))?)
 }
 
 /// Errors that the next start would meet too.

@@ -11,6 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::runtime::{AccessLogConfig, AccessLogFormat, DataPathConfig};
 
+/// The value of `--cgroup` that has the directory looked for.
+pub const AUTO: &str = "auto";
 /// Longest time that a proxy may drain: an orchestrator kills it long before.
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
 /// Most worker threads; beyond the CPUs of a big machine more only cost memory.
@@ -102,7 +104,7 @@ pub struct Config {
     /// Directory for pins, on a BPF file system
     #[arg(long, env = "MESH_BPFFS", value_name = "DIR")]
     pub bpffs: PathBuf,
-    /// Cgroup v2 directory above all workloads
+    /// Cgroup v2 directory above all workloads; `auto` is that of a kubelet's pods
     #[arg(long, env = "MESH_CGROUP", value_name = "DIR")]
     pub cgroup: PathBuf,
     /// Unix socket of the agent that announces workloads

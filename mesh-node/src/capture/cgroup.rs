@@ -104,6 +104,20 @@ pub fn own_cgroup() -> io::Result<PathBuf> {
     })
 }
 
+/// The cgroup v2 directory above all pods, where kubelets have it (by the cgroupfs and the systemd driver).
+pub fn kubernetes_cgroup() -> io::Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let mut candidates = mounts
+        .lines()
+        .filter_map(cgroup2_mount)
+        .flat_map(|mount| ["kubepods", "kubepods.slice"].map(|name| mount.join(name)));
+    candidates.find(|directory| directory.join("cgroup.procs").exists()).ok_or_else(|| {
+        io::Error::other(
+            "no mounted cgroup v2 tree has kubepods or kubepods.slice: name the pods' directory with --cgroup",
+        )
+    })
+}
+
 /// The mount point, if the line of `mountinfo` is about cgroup v2.
 fn cgroup2_mount(line: &str) -> Option<PathBuf> {
     let (before, after) = line.split_once(" - ")?;

@@ -38,7 +38,7 @@ use mesh_ebpf_common::{LAYOUT_VERSION, maps};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-pub use cgroup::own_cgroup;
+pub use cgroup::{kubernetes_cgroup, own_cgroup};
 pub use cleanup::{cleanup, is_serving};
 pub use enroll::{EnrollRequest, Enrollment};
 pub use error::CaptureError;
@@ -260,11 +260,13 @@ fn lock(dir: &Path) -> Result<Flock<File>, CaptureError> {
     context(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into()), what)
 }
 
+/// The directory is made where there is a BPF file system to make it in.
 fn check_bpffs(path: &Path) -> Result<(), CaptureError> {
-    match statfs(path) {
-        Ok(fs) if fs.filesystem_type() == BPF_FS_MAGIC => Ok(()),
-        Ok(_) | Err(_) => Err(CaptureError::NotBpffs(path.to_owned())),
+    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+    if !path.exists() && path.parent().is_some_and(is_bpffs) {
+        context(std::fs::create_dir(path), || format!("create {}", path.display()))?;
     }
+    if is_bpffs(path) { Ok(()) } else { Err(CaptureError::NotBpffs(path.to_owned())) }
 }
 
 /// Two layouts side by side would capture twice.
