@@ -264,4 +264,6 @@ fn convert_as<T: Convert>(kind: Kind, node: &Node, origin: Origin, unknown: Unkn
 }
 
 #[cfg(test)]
+pub(crate) mod shape;
+#[cfg(test)]
 mod tests;

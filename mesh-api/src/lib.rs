@@ -4,6 +4,7 @@
 //! Not here: decisions.
 
 pub mod admin;
+pub mod crd;
 pub mod k8s;
 pub mod proto;
 pub mod wds;

@@ -12,6 +12,7 @@ mod cargo_test;
 mod cluster;
 mod compile;
 mod ebpf;
+mod generate;
 mod kernel;
 mod metadata;
 mod process;
@@ -71,6 +72,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Write `crds/` anew from the types of mesh-api.
+    Generate,
     /// Check crate edges, sizes, unsafe code, links and stray paths.
     Tidy,
 }
@@ -103,6 +106,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Cluster { arguments } => return cluster::run(&tree, &arguments),
         Task::Bench { arguments } => return bench::run(&tree, &arguments),
         Task::Test(options) => return test::run(&tree, &options),
+        Task::Generate => generate::run(&tree)?,
         Task::Tidy => return tidy::run(&tree),
     }
     Ok(ExitCode::SUCCESS)
