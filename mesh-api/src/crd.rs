@@ -38,6 +38,17 @@ pub struct Definition {
     pub spec: Schema,
     /// Whether an object has one.
     pub spec_need: Need,
+    /// What the mesh does about it.
+    pub effect: Effect,
+}
+
+/// What the mesh does about objects of a kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// It reads them.
+    Read,
+    /// Nothing. The API server keeps them, and warns whoever writes or reads one.
+    Stored,
 }
 
 /// A column of `kubectl get`.
@@ -50,7 +61,13 @@ pub struct Column {
 
 /// All definitions.
 pub fn definitions() -> Vec<Definition> {
-    vec![networking::workload_entry(), security::authorization_policy(), security::peer_authentication()]
+    vec![
+        security::authorization_policy(),
+        security::peer_authentication(),
+        security::request_authentication(),
+        networking::service_entry(),
+        networking::workload_entry(),
+    ]
 }
 
 impl Definition {
@@ -112,14 +129,20 @@ impl Definition {
         if self.spec_need == Need::Required {
             root["required"] = json!(["spec"]);
         }
-        json!({
+        let mut version = json!({
             "name": name,
             "served": true,
             "storage": storage,
             "schema": {"openAPIV3Schema": root},
             "subresources": {"status": {}},
             "additionalPrinterColumns": columns.collect::<Vec<_>>(),
-        })
+        });
+        if self.effect == Effect::Stored {
+            // The only way in which an API server without a webhook can warn.
+            version["deprecated"] = true.into();
+            version["deprecationWarning"] = format!("the mesh does not act on a {}", self.kind).into();
+        }
+        version
     }
 }
 

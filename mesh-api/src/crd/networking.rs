@@ -1,8 +1,8 @@
 //! Kinds of `networking.istio.io`.
 
 use super::common::ANY_TEXT;
-use super::schema::{Bounds, Need, Schema, map, number, object, optional, text};
-use super::{Column, Definition};
+use super::schema::{Bounds, Need, Schema, keyed_list, list, map, number, object, optional, required, text, word};
+use super::{Column, Definition, Effect};
 
 const GROUP: &str = "networking.istio.io";
 const VERSIONS: &[&str] = &["v1", "v1beta1", "v1alpha3"];
@@ -20,7 +20,85 @@ pub(super) fn workload_entry() -> Definition {
         columns: vec![Column { name: "Address", path: ".spec.address", description: "Where the workload is reached." }],
         spec: workload().about("A workload that is no pod: a virtual machine, or a process outside the cluster."),
         spec_need: Need::Required,
+        effect: Effect::Read,
     }
+}
+
+pub(super) fn service_entry() -> Definition {
+    let host = text(ANY_TEXT).rule("self != '*'", "a host is more than a wildcard");
+    let labels = map(
+        text(Bounds::most(63)).rule("!self.contains('*')", "a label's value is matched as it is: no wildcards"),
+        Bounds::most(256),
+    );
+    let spec = object(vec![
+        required("hosts", list(host, Bounds::of(1, 256)).about("Names of the service.")),
+        optional("addresses", list(text(Bounds::most(64)), Bounds::most(256)).about("Addresses that stand for it.")),
+        optional("ports", service_ports()),
+        optional(
+            "location",
+            word(&["MESH_EXTERNAL", "MESH_INTERNAL"]).about("Whether its workloads belong to the mesh."),
+        ),
+        optional(
+            "resolution",
+            word(&["NONE", "STATIC", "DNS", "DNS_ROUND_ROBIN", "DYNAMIC_DNS"])
+                .about("How an address is found: where the client went, from the endpoints, or by DNS."),
+        ),
+        optional("endpoints", list(workload(), Bounds::most(4096)).about("Workloads of the service.")),
+        optional(
+            "workloadSelector",
+            object(vec![optional("labels", labels)]).about("Picks pods and WorkloadEntries of the namespace instead."),
+        ),
+        optional("exportTo", list(text(ANY_TEXT), Bounds::NONE).about("Namespaces that see it; all without it.")),
+        optional(
+            "subjectAltNames",
+            list(text(ANY_TEXT), Bounds::NONE).about("Names of which the server's certificate has one."),
+        ),
+    ])
+    .about("A service that Kubernetes does not know.")
+    .rule("!(has(self.workloadSelector) && has(self.endpoints))", "workloadSelector and endpoints exclude each other")
+    .rule(
+        "!has(self.addresses) || !has(self.resolution) || self.resolution in ['NONE', 'STATIC'] || \
+         !self.addresses.exists(address, address.contains('/'))",
+        "ranges of addresses need the resolution NONE or STATIC",
+    )
+    .rule(
+        "!has(self.endpoints) || (has(self.resolution) && self.resolution != 'NONE')",
+        "endpoints need a resolution other than NONE",
+    )
+    .rule(
+        "!has(self.endpoints) || !has(self.resolution) || self.resolution != 'DNS_ROUND_ROBIN' || \
+         self.endpoints.size() < 2",
+        "DNS_ROUND_ROBIN takes one endpoint",
+    );
+    let column = |name, path, description| Column { name, path, description };
+    Definition {
+        group: GROUP,
+        kind: "ServiceEntry",
+        plural: "serviceentries",
+        short_name: "se",
+        versions: VERSIONS,
+        columns: vec![
+            column("Hosts", ".spec.hosts", "Names of the service."),
+            column("Location", ".spec.location", "Whether its workloads belong to the mesh."),
+            column("Resolution", ".spec.resolution", "How an address is found."),
+        ],
+        spec,
+        spec_need: Need::Required,
+        effect: Effect::Stored,
+    }
+}
+
+fn service_ports() -> Schema {
+    let port = object(vec![
+        required("number", number(PORT).about("Port of the service.")),
+        required("name", text(Bounds::most(256)).about("Its name, which no other port has.")),
+        optional("protocol", text(Bounds::most(256)).about("What is spoken there, such as HTTP or TLS.")),
+        optional("targetPort", number(PORT).about("Port of the workloads; the same without it.")),
+    ]);
+    keyed_list("name", port, Bounds::most(256)).about("Ports of the service.").rule(
+        "self.all(port, self.filter(other, other.number == port.number).size() == 1)",
+        "no two ports have the same number",
+    )
 }
 
 fn workload() -> Schema {

@@ -2,9 +2,9 @@
 
 use super::common::{self, ANY_TEXT, MOST_TARGETS, ONE_AIM};
 use super::schema::{
-    Bounds, Field, Need, Schema, filled_object, list, map, object, optional, pattern, required, text, word,
+    Bounds, Field, Need, Schema, Shape, filled_object, list, map, object, optional, pattern, required, text, word,
 };
-use super::{Column, Definition};
+use super::{Column, Definition, Effect};
 
 const GROUP: &str = "security.istio.io";
 const VERSIONS: &[&str] = &["v1", "v1beta1"];
@@ -47,6 +47,7 @@ pub(super) fn peer_authentication() -> Definition {
         columns: vec![Column { name: "Mode", path: ".spec.mtls.mode", description: "Which connections are taken." }],
         spec,
         spec_need: Need::Optional,
+        effect: Effect::Read,
     }
 }
 
@@ -85,7 +86,80 @@ pub(super) fn authorization_policy() -> Definition {
         columns: vec![Column { name: "Action", path: ".spec.action", description: "What becomes of a match." }],
         spec,
         spec_need: Need::Optional,
+        effect: Effect::Read,
     }
+}
+
+pub(super) fn request_authentication() -> Definition {
+    let targets = list(common::target(), MOST_TARGETS).about("Services or gateways that the object is for.");
+    let spec = object(vec![
+        optional("selector", common::selector().about("Which workloads; all of the namespace without it.")),
+        optional("targetRef", common::target().about("The one service or gateway that the object is for.")),
+        optional("targetRefs", targets),
+        optional("jwtRules", list(jwt_rule(), Bounds::most(4096)).about("Tokens that are known. None is demanded.")),
+    ])
+    .about("Which tokens of requests are looked at. A request with one that is not valid is refused.")
+    .rule(ONE_AIM.0, ONE_AIM.1);
+    Definition {
+        group: GROUP,
+        kind: "RequestAuthentication",
+        plural: "requestauthentications",
+        short_name: "ra",
+        versions: VERSIONS,
+        columns: vec![],
+        spec,
+        spec_need: Need::Optional,
+        effect: Effect::Stored,
+    }
+}
+
+fn jwt_rule() -> Schema {
+    let uri = || {
+        text(Bounds::of(1, 2048)).about("Where the issuer's keys are.").rule(
+            "isURL(self) && url(self).getScheme() in ['http', 'https']",
+            "the keys' address begins with http:// or https://",
+        )
+    };
+    let header = object(vec![
+        required("name", text(FILLED).about("Name of the header.")),
+        optional("prefix", text(ANY_TEXT).about("What stands before the token, with its space.")),
+    ]);
+    let copy = object(vec![
+        required("header", pattern(FILLED, "^[-_A-Za-z0-9]+$").about("The header that is written.")),
+        required("claim", text(FILLED).about("The claim that it gets; a dot leads into an object.")),
+    ]);
+    let texts = |about| list(text(FILLED), Bounds::NONE).about(about);
+    object(vec![
+        optional("issuer", text(FILLED).about("Who has issued the token.")),
+        optional("audiences", texts("Whom the token is for: one of them. The service's own name without it.")),
+        optional("jwksUri", uri()),
+        optional("jwks_uri", uri()),
+        optional("jwks", text(ANY_TEXT).about("The issuer's keys themselves, a JSON Web Key Set.")),
+        optional("fromHeaders", list(header, Bounds::NONE).about("Headers that carry the token.")),
+        optional("fromParams", texts("Parameters of the query that carry it.")),
+        optional("fromCookies", texts("Cookies that carry it.")),
+        optional(
+            "outputPayloadToHeader",
+            text(ANY_TEXT).about("The header in which the token's claims are passed on."),
+        ),
+        optional("forwardOriginalToken", Schema::new(Shape::Bool).about("Whether the token itself is passed on.")),
+        optional("outputClaimToHeaders", list(copy, Bounds::NONE).about("Single claims that are passed on.")),
+        optional(
+            "spaceDelimitedClaims",
+            list(text(FILLED), Bounds::most(64)).about("Claims that are lists of words in one text."),
+        ),
+        optional(
+            "timeout",
+            text(ANY_TEXT)
+                .about("How long keys may take to arrive, such as 5s.")
+                .rule("duration(self) >= duration('1ms')", "a duration has a unit and is at least 1ms"),
+        ),
+    ])
+    .about("Tokens of one issuer, and where they are found.")
+    .rule(
+        "[has(self.jwks), has(self.jwksUri), has(self.jwks_uri)].filter(is_set, is_set).size() < 2",
+        "jwks and jwksUri exclude each other",
+    )
 }
 
 fn rule() -> Schema {

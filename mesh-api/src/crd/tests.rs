@@ -6,6 +6,7 @@ use std::path::Path;
 use super::schema::Shape;
 use super::*;
 use crate::k8s::shape::{self, words};
+use crate::k8s::{Finding, Item, Reason, from_api_server};
 
 #[test]
 fn the_files_are_what_is_generated() {
@@ -23,12 +24,29 @@ fn the_files_are_what_is_generated() {
     }
 }
 
+#[test]
+fn the_reader_takes_every_version_of_the_kinds_that_are_read_and_none_of_the_others() {
+    for definition in definitions() {
+        for version in definition.versions {
+            let object = json!({
+                "apiVersion": format!("{}/{version}", definition.group),
+                "kind": definition.kind,
+                "metadata": {"name": "a", "namespace": "b"},
+                "spec": {"address": "10.0.0.1"},
+            });
+            let by_kind = |finding: &Finding| finding.reason == Reason::Kind;
+            let refused = matches!(from_api_server(object), Item::Rejected(finding) if by_kind(&finding));
+            assert_eq!(refused, definition.effect == Effect::Stored, "{} {version}", definition.kind);
+        }
+    }
+}
+
 /// Conditions that the reader refuses, and with them the policy: the API server has to keep them for it to see.
 const REFUSED: [&str; 2] = ["trustDomains", "notTrustDomains"];
 
 #[test]
 fn the_reader_knows_the_fields_of_the_schemas_and_no_others() {
-    for definition in definitions() {
+    for definition in definitions().iter().filter(|definition| definition.effect == Effect::Read) {
         let reads = shape::of(definition.kind);
         let mut has = shape::Shape::new();
         note("spec".to_owned(), &definition.spec, &mut has);
