@@ -31,7 +31,15 @@ impl Cluster {
     /// # Errors
     /// They are refused.
     pub fn apply(&self, yaml: &str) -> Result<String> {
-        shell::output_with(self.kubectl_command().args(["apply", "-f", "-"]), yaml)
+        self.kubectl_with(&["apply", "-f", "-"], yaml)
+    }
+
+    /// As [`Self::kubectl`], with text on its standard input.
+    ///
+    /// # Errors
+    /// kubectl fails; its standard error is part of the message.
+    pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        shell::output_with(self.kubectl_command().args(arguments), input)
     }
 
     /// `kubectl wait ARGUMENTS`, such as `--for=condition=Ready pod/web`, also for what does not exist yet.
