@@ -198,6 +198,7 @@ const BAD: &[(&str, &str, &str)] = &[
     (TOKENS, "{jwtRules: [{issuer: a, jwksUri: keys}]}", "the keys' address begins with http:// or https://"),
     (TOKENS, "{jwtRules: [{issuer: a, jwksUri: 'https://a', jwks: '{}'}]}", "jwks and jwksUri exclude each other"),
     (TOKENS, "{jwtRules: [{issuer: a, timeout: 0s}]}", "a duration has a unit and is at least 1ms"),
+    (TOKENS, "{jwtRules: [{jwks: '{}'}]}", "a token is known by its issuer or by the address of the keys"),
     (TOKENS, "{jwtRules: [{issuer: ''}]}", "issuer in body should be at least 1 chars"),
     (
         TOKENS,

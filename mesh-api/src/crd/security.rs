@@ -160,6 +160,10 @@ fn jwt_rule() -> Schema {
         "[has(self.jwks), has(self.jwksUri), has(self.jwks_uri)].filter(is_set, is_set).size() < 2",
         "jwks and jwksUri exclude each other",
     )
+    .rule(
+        "has(self.issuer) || has(self.jwksUri) || has(self.jwks_uri)",
+        "a token is known by its issuer or by the address of the keys",
+    )
 }
 
 fn rule() -> Schema {
