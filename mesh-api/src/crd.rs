@@ -1,4 +1,4 @@
-//! CustomResourceDefinitions of the kinds of Istio's that the mesh reads: what `crds/` in the tree is generated from.
+//! CustomResourceDefinitions of the kinds of Istio's, most of which the mesh reads: what `crds/` is generated from.
 //!
 //! Here: names, versions, columns and schemas, and their form as the API server reads it. Schemas hold all fields of the
 //! kinds, also those that nothing is done about: the API server drops a field that it does not know, and a policy without
