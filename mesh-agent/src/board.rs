@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::announce::{Desired, Outcome};
 
@@ -65,18 +65,8 @@ impl Board {
 
     /// Waits until every connected proxy has heard of everything, or until that time.
     pub fn wait_until_told(&self, deadline: Instant) {
-        self.wait(deadline, |inner| inner.connections.values().all(|c| c.told_generation >= inner.generation));
-    }
-
-    /// Waits for the next answer of a proxy, at most so long.
-    pub fn wait_for_news(&self, within: Duration) {
-        let inner = self.lock();
-        drop(self.told.wait_timeout(inner, within).unwrap_or_else(PoisonError::into_inner));
-    }
-
-    fn wait(&self, deadline: Instant, is_so: impl Fn(&Inner) -> bool) {
         let mut inner = self.lock();
-        while !is_so(&inner) {
+        while inner.connections.values().any(|c| c.told_generation < inner.generation) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;

@@ -122,9 +122,8 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let lock = dir.lock()?;
     let metrics = Arc::new(Metrics::default());
     let mut tasks = JoinSet::new();
-    let mut opened = origin::open(&options.origin, &dir, &options.settings, &mut tasks).await?;
-    let cluster = opened.cluster();
-    let origin::Opened { source, mut notices, judge, .. } = opened;
+    let opened = origin::open(&options.origin, &dir, &options.settings, &mut tasks).await?;
+    let origin::Opened { source, mut notices, judge, cluster } = opened;
     let door = Arc::new(Door::new(judge, metrics.clone()));
     let stored = dir.configuration();
     let mut signer = Signer::open(&options, dir, leaf_ttl)?;
@@ -198,6 +197,7 @@ async fn serve_pages(
     metrics: Arc<Metrics>,
     tasks: &mut JoinSet<&'static str>,
 ) -> anyhow::Result<()> {
+    let ready = pages.ready.clone();
     let listener = admin::listen_unix(&options.admin_socket);
     let listener =
         listener.with_context(|| format!("listen on {} (--admin-socket)", options.admin_socket.display()))?;
@@ -208,7 +208,7 @@ async fn serve_pages(
     let Some(address) = options.monitoring else { return Ok(()) };
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} (--monitoring)"))?;
     tasks.spawn(async move {
-        admin::serve(Listener::Tcp(listener), Arc::new(MetricsPages(metrics))).await;
+        admin::serve(Listener::Tcp(listener), Arc::new(MetricsPages { metrics, ready })).await;
         "monitoring"
     });
     Ok(())

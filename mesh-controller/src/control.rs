@@ -123,7 +123,7 @@ impl Control {
 
     /// Whether there was a step that was published.
     pub fn is_published(&self) -> bool {
-        self.started && matches!(self.past, Past::Known)
+        self.started && self.knows_the_past()
     }
 
     /// Looks at the source once and carries what changed to the streams. Blocks: run it where blocking is allowed.

@@ -70,10 +70,7 @@ impl StatusPages {
 impl Pages for StatusPages {
     async fn get(&self, path: &str) -> Answer {
         match path {
-            "/ready" if self.ready.load(Ordering::Acquire) => Answer::Text("ready\n".into()),
-            "/ready" => {
-                Answer::Unavailable("the first configuration is not published yet; /problems may say why".into())
-            }
+            "/ready" => readiness(&self.ready),
             "/status" => as_json(&self.status()),
             "/problems" => as_json(&**self.problems.load()),
             "/version" => as_json(&json!({ "component": "mesh-controller", "version": VERSION })),
@@ -83,17 +80,30 @@ impl Pages for StatusPages {
     }
 }
 
-/// Prometheus' page.
+/// What the monitoring port has: Prometheus' page, and readiness for an orchestrator.
 #[derive(Debug)]
-pub struct MetricsPages(pub Arc<Metrics>);
+pub struct MetricsPages {
+    /// Of the whole process.
+    pub metrics: Arc<Metrics>,
+    /// Whether the first configuration is published.
+    pub ready: Arc<AtomicBool>,
+}
 
 impl Pages for MetricsPages {
     async fn get(&self, path: &str) -> Answer {
         match path {
-            "/metrics" | "/stats/prometheus" => Answer::Text(self.0.text()),
-            _ => Answer::NotFound("/metrics"),
+            "/metrics" | "/stats/prometheus" => Answer::Text(self.metrics.text()),
+            "/ready" => readiness(&self.ready),
+            _ => Answer::NotFound("/metrics /ready"),
         }
     }
+}
+
+fn readiness(ready: &AtomicBool) -> Answer {
+    if ready.load(Ordering::Acquire) {
+        return Answer::Text("ready\n".into());
+    }
+    Answer::Unavailable("the first configuration is not published yet; /problems may say why".into())
 }
 
 fn as_json(value: &impl Serialize) -> Answer {

@@ -45,7 +45,8 @@ pub(super) struct Opened {
     pub(super) source: Source,
     pub(super) notices: Notices,
     pub(super) judge: Judge,
-    cluster: Option<(Client, SharedHeard)>,
+    /// The API server, where there is one.
+    pub(super) cluster: Option<ClusterSide>,
 }
 
 /// Opens it. What follows it for the life of the process becomes tasks.
@@ -88,7 +89,7 @@ pub(super) async fn open(
         source: Source::Cluster(Cluster::new(url, heard.clone())),
         notices: Notices::Cluster(notices),
         judge: Judge::Cluster(Reviewer::new(client.clone(), node_accounts.clone())),
-        cluster: Some((client, heard)),
+        cluster: Some(ClusterSide { client, heard }),
     })
 }
 
@@ -96,13 +97,6 @@ pub(super) async fn open(
 pub(super) struct ClusterSide {
     client: Client,
     heard: SharedHeard,
-}
-
-impl Opened {
-    /// Takes the cluster's side out, if there is one.
-    pub(super) fn cluster(&mut self) -> Option<ClusterSide> {
-        self.cluster.take().map(|(client, heard)| ClusterSide { client, heard })
-    }
 }
 
 impl ClusterSide {

@@ -12,7 +12,6 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use kube::Client;
 use kube::api::{Api, ObjectMeta, PostParams};
-use rand::RngCore;
 use time::OffsetDateTime;
 
 use crate::ca::authority::make_root;
@@ -82,7 +81,7 @@ impl ClusterSigner {
     }
 
     async fn create(&self, trust_domain: &str) -> anyhow::Result<()> {
-        let (cert, key) = make_root(trust_domain, OffsetDateTime::now_utc(), &mut seeded())?;
+        let (cert, key) = make_root(trust_domain, OffsetDateTime::now_utc(), &mut rand::rng())?;
         let data =
             [("ca-cert.pem", cert.as_str()), ("ca-key.pem", &key), ("root-cert.pem", &cert), ("cert-chain.pem", "")];
         let data = data.map(|(name, text)| (name.to_owned(), ByteString(text.as_bytes().to_vec())));
@@ -102,12 +101,6 @@ impl ClusterSigner {
             Err(error) => Err(error).with_context(|| format!("create Secret {}/{OWN}", self.namespace)),
         }
     }
-}
-
-/// Sendable across the await points that a thread's generator is not.
-fn seeded() -> impl RngCore {
-    use rand::SeedableRng;
-    rand::rngs::StdRng::from_os_rng()
 }
 
 /// The four files of a Secret. A self-signed signer is its own root where no other is given.

@@ -13,17 +13,18 @@ use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
 
 use super::netlink::{errno_of, with_netlink};
+use super::sysctl;
 
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const FWMARK_ACCEPT: &str = "ipv4/tcp_fwmark_accept";
 /// Refusals have no socket to take the mark from: without these a dial to a port where nobody listens would time out.
-const FWMARK_REFLECT: [&str; 2] = ["/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect"];
+const FWMARK_REFLECT: [&str; 2] = ["ipv4/fwmark_reflect", "ipv6/fwmark_reflect"];
 const LOOPBACK_IFINDEX: u32 = 1;
 /// Before `main` (32766), and where nothing else is by default.
 const RULE_PRIORITY: u32 = 1338;
 
 /// Sets routing up in the calling thread's namespace; again is fine.
 pub(super) fn set_up() -> io::Result<()> {
-    std::fs::write(FWMARK_ACCEPT, "1")?;
+    sysctl::set(FWMARK_ACCEPT, "1")?;
     set_reflect("1")?;
     with_netlink(|handle| async move {
         let v4 = handle.rule().add().v4().fw_mark(INNER_MARK).table_id(INNER_MARK).priority(RULE_PRIORITY);
@@ -37,7 +38,7 @@ pub(super) fn set_up() -> io::Result<()> {
 
 /// Undoes [`set_up`] in the calling thread's namespace; what is not there is fine.
 pub(super) fn tear_down() -> io::Result<()> {
-    std::fs::write(FWMARK_ACCEPT, "0")?;
+    sysctl::set(FWMARK_ACCEPT, "0")?;
     set_reflect("0")?;
     with_netlink(|handle| async move {
         let mut rules: Vec<RuleMessage> = Vec::new();
@@ -57,7 +58,7 @@ pub(super) fn tear_down() -> io::Result<()> {
 
 fn set_reflect(value: &str) -> io::Result<()> {
     for path in FWMARK_REFLECT {
-        match std::fs::write(path, value) {
+        match sysctl::set(path, value) {
             // A kernel or a namespace without IPv6 has no such file.
             Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => {}
             result => result?,

@@ -24,6 +24,7 @@ mod pins;
 mod programs;
 mod sock_diag;
 mod sys;
+mod sysctl;
 mod tc;
 mod watch;
 
