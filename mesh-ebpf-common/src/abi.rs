@@ -165,7 +165,7 @@ pub struct ListenerKey {
     pub reserved: u32,
 }
 
-/// A connection as the workload's interface sees it. Key of `syn_notes`.
+/// A connection as the workload's interface sees it. Key of `syn_notes` and `host_flows`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
@@ -189,6 +189,20 @@ pub struct SynNote {
     pub noted_ns: u64,
     /// Namespace whose listener takes the segment; 0 refuses it.
     pub netns_cookie: u64,
+}
+
+/// Value of `host_flows`: a connection that a process of the node opened to a workload.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostFlow {
+    /// `CLOCK_MONOTONIC`, nanoseconds, of its end: a reset, or both sides had said all; 0 before.
+    pub ended_ns: u64,
+    /// The node's end of the link that it took.
+    pub ifindex: u32,
+    /// 1 when the process has said all.
+    pub process_done: u16,
+    /// 1 when the workload has said all.
+    pub workload_done: u16,
 }
 
 /// One record of the `events` ring buffer: something was dropped or refused.
@@ -238,6 +252,7 @@ const _: () = assert!(size_of::<ListenerTag>() == 8);
 const _: () = assert!(size_of::<ListenerKey>() == 16);
 const _: () = assert!(size_of::<FlowKey>() == 40);
 const _: () = assert!(size_of::<SynNote>() == 16);
+const _: () = assert!(size_of::<HostFlow>() == 16);
 const _: () = assert!(size_of::<Event>() == 56);
 const _: () = assert!(size_of::<EventBudget>() == 24);
 

@@ -86,7 +86,7 @@ pub enum Ingress {
 /// Judges a segment that arrives at a workload. The destination port is in host byte order.
 #[inline(always)]
 pub const fn ingress(found: Found, flags: u8, dst_port: u16, payload: bool) -> Ingress {
-    let opens = flags & (SYN | ACK | RST) == SYN;
+    let opens = opens(flags);
     match found {
         Found::Live(Owner::Proxy) => return Ingress::Settled(Reason::ProxySocket),
         Found::Live(Owner::Other) => return Ingress::AskPreexisting,
@@ -165,6 +165,68 @@ pub const fn egress(sender: Sender, flags: u8, payload: bool) -> Option<Reason> 
         Sender::Packet => Some(Reason::PacketSocket),
         Sender::Raw | Sender::KernelControl => Some(Reason::RawSocket),
         Sender::Tcp => None,
+    }
+}
+
+/// Who sent a segment that the node's end of a link is about to hand to the workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A TCP socket of the node's namespace, outside the pods' cgroup.
+    Process,
+    /// The node's kernel, which answers for a socket that has ended, or a raw socket of the node's.
+    Kernel,
+    /// A socket of the node's namespace, of a pod (with `hostNetwork`) or of a proxy.
+    Pod,
+    /// It came in by another interface of the node.
+    Forwarded,
+}
+
+/// What is known of a segment's connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// Nothing, or it ended long ago.
+    Nothing,
+    /// A process of the node opened it.
+    Open,
+    /// A process of the node opened it, and it has ended just now.
+    Ended,
+}
+
+/// The next step for a segment at the node's end, on its way to a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostEgress {
+    /// Decided.
+    Settled(Reason),
+    /// The connection is noted as one of the node's own: [`Reason::HostFlow`].
+    Note,
+    /// Addresses and ports have another owner now: the note goes, and it is [`Reason::NotHost`].
+    Forget,
+}
+
+/// Whether a segment opens a connection.
+#[inline(always)]
+pub const fn opens(flags: u8) -> bool {
+    flags & (SYN | ACK | RST) == SYN
+}
+
+/// Judges a segment at the node's end, on its way to a workload. The destination port is in host byte order.
+#[inline(always)]
+pub const fn host_egress(origin: Origin, known: Known, flags: u8, dst_port: u16) -> HostEgress {
+    let proxys = dst_port == OUTBOUND_PORT || dst_port == INBOUND_PORT || dst_port == HBONE_PORT;
+    if matches!(origin, Origin::Process) && opens(flags) && !proxys {
+        return HostEgress::Note;
+    }
+    if matches!(known, Known::Nothing) {
+        return HostEgress::Settled(Reason::NotHost);
+    }
+    match origin {
+        Origin::Process | Origin::Kernel if !opens(flags) => HostEgress::Settled(Reason::HostFlow),
+        // In one namespace no two sockets have the same addresses and ports, so that the process' socket is gone.
+        Origin::Process | Origin::Kernel | Origin::Pod if opens(flags) => HostEgress::Forget,
+        Origin::Forwarded if opens(flags) && matches!(known, Known::Ended) => HostEgress::Forget,
+        Origin::Process | Origin::Kernel | Origin::Pod | Origin::Forwarded => {
+            HostEgress::Settled(Reason::ForgedHostFlow)
+        }
     }
 }
 
@@ -254,6 +316,39 @@ mod tests {
             ("other", Sender::Tcp, SYN, false, None),
         ] {
             assert_eq!(egress(sender, flags, payload), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn only_the_nodes_own_processes_open_host_flows() {
+        use HostEgress::{Forget, Note, Settled};
+        let (host, not_host, forged) =
+            (Settled(Reason::HostFlow), Settled(Reason::NotHost), Settled(Reason::ForgedHostFlow));
+        for (name, origin, known, flags, port, expected) in [
+            ("probe", Origin::Process, Known::Nothing, SYN, 8080, Note),
+            ("probe from a port used before", Origin::Process, Known::Ended, SYN, 8080, Note),
+            ("probe of the tunnel's port", Origin::Process, Known::Nothing, SYN, 15008, not_host),
+            ("the proxy's port, noted by nobody", Origin::Process, Known::Nothing, SYN, 15006, not_host),
+            ("data", Origin::Process, Known::Open, ACK, 8080, host),
+            ("data after the end", Origin::Process, Known::Ended, ACK, 8080, host),
+            ("answer to a workload's SYN", Origin::Process, Known::Nothing, SYN | ACK, 8080, not_host),
+            ("data of a connection from before", Origin::Process, Known::Nothing, ACK, 8080, not_host),
+            ("reset by the kernel", Origin::Kernel, Known::Open, RST, 8080, host),
+            ("reset by the kernel, not noted", Origin::Kernel, Known::Nothing, RST, 8080, not_host),
+            ("SYN of a raw socket", Origin::Kernel, Known::Nothing, SYN, 8080, not_host),
+            ("SYN of a raw socket, noted", Origin::Kernel, Known::Open, SYN, 8080, Forget),
+            ("hostNetwork pod", Origin::Pod, Known::Nothing, SYN, 8080, not_host),
+            ("hostNetwork pod, a port used before", Origin::Pod, Known::Open, SYN, 8080, Forget),
+            ("hostNetwork pod, a port used just now", Origin::Pod, Known::Ended, SYN, 8080, Forget),
+            ("data of a pod's in a noted flow", Origin::Pod, Known::Open, ACK, 8080, forged),
+            ("forwarded", Origin::Forwarded, Known::Nothing, SYN, 8080, not_host),
+            ("forwarded SYN in a noted flow", Origin::Forwarded, Known::Open, SYN, 8080, forged),
+            ("forwarded data in a noted flow", Origin::Forwarded, Known::Open, ACK, 8080, forged),
+            ("forwarded reset in a noted flow", Origin::Forwarded, Known::Open, RST, 8080, forged),
+            ("forwarded SYN after the end", Origin::Forwarded, Known::Ended, SYN, 8080, Forget),
+            ("forwarded data after the end", Origin::Forwarded, Known::Ended, ACK, 8080, forged),
+        ] {
+            assert_eq!(host_egress(origin, known, flags, port), expected, "{name}");
         }
     }
 }

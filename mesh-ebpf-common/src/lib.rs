@@ -12,7 +12,7 @@ pub mod outcome;
 
 /// Version of everything in this crate that outlives a process: the pinned maps' layouts and the pin paths.
 /// Programs of one version replace each other in place; another version needs a directory of its own.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// The proxy's listener for captured outgoing connections, on loopback only.
 pub const OUTBOUND_PORT: u16 = 15001;

@@ -19,6 +19,9 @@ pub const LISTENERS: &str = "LISTENERS";
 pub const PREEXISTING: &str = "PREEXISTING";
 /// Segments on their way from tc ingress to `sk_lookup`: [`crate::abi::FlowKey`] -> [`crate::abi::SynNote`].
 pub const SYN_NOTES: &str = "SYN_NOTES";
+/// Connections that processes of the node opened to workloads: [`crate::abi::FlowKey`] -> [`crate::abi::HostFlow`]. Written
+/// at the node's ends of links only.
+pub const HOST_FLOWS: &str = "HOST_FLOWS";
 /// Outcomes per CPU, by [`crate::outcome::counter_index`].
 pub const COUNTERS: &str = "COUNTERS";
 /// Drops and refusals: [`crate::abi::Event`].
@@ -29,7 +32,7 @@ pub const EVENT_BUDGET: &str = "EVENT_BUDGET";
 pub const LAYOUT: &str = "LAYOUT";
 
 /// All maps that are pinned, in the order of this file.
-pub const ALL: [&str; 13] = [
+pub const ALL: [&str; 14] = [
     WORKLOADS,
     PROXY_CGROUPS,
     CAPTURED_SOCKETS,
@@ -39,6 +42,7 @@ pub const ALL: [&str; 13] = [
     LISTENERS,
     PREEXISTING,
     SYN_NOTES,
+    HOST_FLOWS,
     COUNTERS,
     EVENTS,
     EVENT_BUDGET,
@@ -62,11 +66,20 @@ pub const MAX_PREEXISTING: usize = 65536;
 pub const MAX_PREEXISTING_PER_WORKLOAD: usize = 16384;
 /// Notes live for microseconds; the oldest gives way.
 pub const MAX_SYN_NOTES: usize = 4096;
+/// Connections of the node's own processes, all workloads together: some probes a second for each of 500 pods, and what
+/// stays open. The one that was not used for the longest time gives way, and ends.
+pub const MAX_HOST_FLOWS: usize = 16384;
 /// Bytes of the event ring.
 pub const EVENT_RING_BYTES: usize = 1 << 18;
 
 /// A segment goes from tc ingress to `sk_lookup` within one softirq; a note older than this belongs to none, nanoseconds.
 pub const SYN_NOTE_VALID_NS: u64 = 1_000_000_000;
+/// How long a connection of the node's goes on when both have closed it, for the last acknowledgement and lost ones,
+/// nanoseconds.
+pub const HOST_FLOW_LINGER_NS: u64 = 10_000_000_000;
+/// Levels of cgroups that are compared with the pods'; a socket deeper down counts as a pod's. Kubernetes has eight, in nested
+/// nodes.
+pub const MAX_CGROUP_LEVELS: i32 = 32;
 /// Length of the window in which events are limited, nanoseconds.
 pub const EVENT_WINDOW_NS: u64 = 1_000_000_000;
 /// Events per window and CPU; the rest is counted only.

@@ -18,12 +18,22 @@ pub enum Hook {
     Lookup = 5,
     /// tc ingress on the node's end of a workload's link
     HostIngress = 6,
+    /// tc egress on the node's end of a workload's link
+    HostEgress = 7,
 }
 
 impl Hook {
     /// Every hook, by number.
-    pub const ALL: [Self; 7] =
-        [Self::Connect4, Self::Connect6, Self::SockOps, Self::Ingress, Self::Egress, Self::Lookup, Self::HostIngress];
+    pub const ALL: [Self; 8] = [
+        Self::Connect4,
+        Self::Connect6,
+        Self::SockOps,
+        Self::Ingress,
+        Self::Egress,
+        Self::Lookup,
+        Self::HostIngress,
+        Self::HostEgress,
+    ];
 
     /// The name in metrics and `mesh-ctl`.
     pub const fn name(self) -> &'static str {
@@ -35,6 +45,7 @@ impl Hook {
             Self::Egress => "tc_egress",
             Self::Lookup => "sk_lookup",
             Self::HostIngress => "tc_host_ingress",
+            Self::HostEgress => "tc_host_egress",
         }
     }
 
@@ -88,7 +99,7 @@ macro_rules! reasons {
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 39;
+pub const REASONS: usize = 42;
 
 reasons! {
     Unknown = 0, "unknown", Drop, "An outcome that the program did not expect.";
@@ -130,6 +141,9 @@ reasons! {
     UnguardedInterface = 36, "unguarded_interface", Refuse, "A new connection came by an interface that has no guard yet.";
     Rewritten = 37, "rewritten", Drop, "The addresses of a segment of the proxy's were changed inside the workload.";
     InnerConnection = 38, "inner_connection", Drop, "The proxy's connection to the application stays in the workload.";
+    HostFlow = 39, "host_flow", Pass, "The connection was opened by a process of the node itself.";
+    ForgedHostFlow = 40, "forged_host_flow", Drop, "The segment belongs to a connection of the node's own, but does not come from the node.";
+    NotHost = 41, "not_host", Pass, "Not a connection of the node's own: it is judged inside the workload.";
 }
 
 impl Reason {
@@ -161,7 +175,7 @@ mod tests {
         for (i, hook) in Hook::ALL.iter().enumerate() {
             assert_eq!(*hook as usize, i, "{}", hook.name());
         }
-        assert_eq!(counter_index(Hook::HostIngress, Reason::ALL[REASONS - 1]) as usize, COUNTERS - 1);
+        assert_eq!(counter_index(Hook::HostEgress, Reason::ALL[REASONS - 1]) as usize, COUNTERS - 1);
     }
 
     #[test]

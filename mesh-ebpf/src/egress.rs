@@ -1,5 +1,6 @@
 //! The two guards of what a workload sends: tc egress on its interface, and tc ingress on the node's end of its link. TCP
-//! leaves only from the proxy's sockets, from connections of before enrolment, and as replies of the kernel without data.
+//! leaves only from the proxy's sockets, from connections of before enrolment, as answers to processes of the node's own
+//! (`host`), and as replies of the kernel without data.
 //!
 //! Both judge alike: a packet keeps its socket across a veth pair (Linux 4.19). The one inside sees forwarded packets as
 //! such; the one outside is out of the workload's reach, and sees what does not pass tc egress (packet sockets with
@@ -13,28 +14,18 @@ use mesh_ebpf_common::INNER_MARK;
 use mesh_ebpf_common::decide::{self, Found, Owner, Sender};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
 
+use crate::host;
 use crate::ingress::{DROP, NEXT, proxy_cgroup};
 use crate::maps::PREEXISTING;
 use crate::report::{Subject, count, refuse, refuse_unread};
-use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Ends, Parsed, Segment, Start, load, parse};
+use crate::segment::{ETH_P_IP, ETH_P_IPV6, Ends, Parsed, Segment, Start, load, packet_in_frame, parse};
 
-const ETHERTYPE_OFFSET: u32 = 12;
-const ETHERNET_BYTES: u32 = 14;
-const VLAN_TAG_BYTES: u32 = 4;
-
-/// The frame itself says what it is: a packet socket can claim any protocol for a frame that it built.
+/// For interfaces with Ethernet headers.
 #[inline(always)]
 pub(crate) fn on_frame(ctx: &TcContext, hook: Hook) -> i32 {
-    let Some(ethertype) = load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET).map(u16::from_be) else {
-        return drop_unread(hook, Reason::Malformed, &Ends::default());
-    };
-    if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
-        return judge(ctx, hook, ETHERNET_BYTES, ethertype);
-    }
-    match load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET + VLAN_TAG_BYTES).map(u16::from_be) {
-        // Two tags and more are nobody's network here.
-        None | Some(ETH_P_8021Q | ETH_P_8021AD) => drop_unread(hook, Reason::Malformed, &Ends::default()),
-        Some(inner) => judge(ctx, hook, ETHERNET_BYTES + VLAN_TAG_BYTES, inner),
+    match packet_in_frame(ctx) {
+        Some((offset, protocol)) => judge(ctx, hook, offset, protocol),
+        None => drop_unread(hook, Reason::Malformed, &Ends::default()),
     }
 }
 
@@ -66,10 +57,13 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
         Parsed::Bad(reason, ends) => return drop_unread(hook, reason, &ends),
     };
     let sender = sender(ctx, hook, &segment);
-    let reason = decide::egress(sender, segment.flags, segment.payload)
-        .unwrap_or_else(|| if is_preexisting(ctx) { Reason::Preexisting } else { Reason::OutsideCgroup });
+    let reason =
+        decide::egress(sender, segment.flags, segment.payload).unwrap_or_else(|| application(ctx, hook, &segment));
     match reason.verdict() {
         Verdict::Pass => {
+            if matches!(hook, Hook::HostIngress) {
+                host::from_workload(&segment);
+            }
             count(hook, reason);
             NEXT
         }
@@ -87,6 +81,20 @@ fn judge(ctx: &TcContext, hook: Hook, offset: u32, protocol: u16) -> i32 {
             DROP
         }
     }
+}
+
+/// Judges a segment of a socket that is neither the proxy's nor captured.
+#[inline(always)]
+fn application(ctx: &TcContext, hook: Hook, segment: &Segment) -> Reason {
+    if is_preexisting(ctx) {
+        return Reason::Preexisting;
+    }
+    // SAFETY: the context is valid while the program runs; the verifier insists on the null check.
+    let own = unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        !sk.is_null() && is_of(sk, segment)
+    };
+    if own && host::is_answer(ctx, hook, segment) { Reason::HostFlow } else { Reason::OutsideCgroup }
 }
 
 #[inline(always)]

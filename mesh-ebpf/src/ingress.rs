@@ -1,16 +1,19 @@
-//! tc ingress on a workload's interface: every TCP segment is the proxy's, from before enrolment, or goes to the
-//! proxy's plaintext listener.
+//! tc ingress on a workload's interface: every TCP segment is the proxy's, from before enrolment, of a process of the
+//! node's own, or goes to the proxy's plaintext listener.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_sk_assign, bpf_sk_release, bpf_skb_cgroup_id};
+use aya_ebpf::helpers::generated::{
+    bpf_ktime_get_ns, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_release, bpf_skb_cgroup_id,
+};
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_common::abi::{FlowKey, SynNote};
+use mesh_ebpf_common::abi::SynNote;
 use mesh_ebpf_common::decide::{self, Found, Ingress, Owner, RST};
 use mesh_ebpf_common::outcome::{Hook, Reason, Verdict};
-use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT};
+use mesh_ebpf_common::{HBONE_PORT, INBOUND_PORT, INNER_MARK};
 
 use crate::egress::is_preexisting;
+use crate::host;
 use crate::maps::{PROXY_CGROUPS, SYN_NOTES, WORKLOADS, listener_tags};
 use crate::report::{Subject, count, refuse, refuse_unread};
 use crate::segment::{ETH_P_8021AD, ETH_P_8021Q, Ends, Parsed, Segment, Start, find_socket, parse};
@@ -89,20 +92,17 @@ fn report(segment: &Segment, judged: &Judged) {
 }
 
 #[inline(always)]
-fn flow(segment: &Segment) -> FlowKey {
-    FlowKey {
-        local: segment.dst,
-        remote: segment.src,
-        local_port: segment.dst_port,
-        remote_port: segment.src_port,
-        reserved: 0,
-    }
-}
-
-#[inline(always)]
 fn judge(ctx: &TcContext, segment: &Segment) -> Judged {
     let port = u16::from_be(segment.dst_port);
     let sk = find_socket(ctx, segment, segment.src_port, segment.dst_port);
+    if host::is_known(&segment.inward()) {
+        let inner = is_inner(sk);
+        if !sk.is_null() {
+            // SAFETY: the reference came from the look-up and is given back once.
+            unsafe { bpf_sk_release(sk.cast()) };
+        }
+        return Judged::new(if inner { Reason::ForeignSocket } else { Reason::HostFlow });
+    }
     let mut assigned = false;
     let found = if sk.is_null() {
         Found::Nothing
@@ -132,6 +132,20 @@ fn judge(ctx: &TcContext, segment: &Segment) -> Judged {
 fn state(sk: *mut bpf_sock) -> u32 {
     // SAFETY: not null; the field is readable in every kind of socket.
     unsafe { core::ptr::read_volatile(&raw const (*sk).state) }
+}
+
+/// Whether a socket is the application's side of the proxy's connection to it, which has taken a client's address: also that
+/// of the node, when a pod with `hostNetwork` called.
+#[inline(always)]
+fn is_inner(sk: *mut bpf_sock) -> bool {
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the verifier insists on both null checks.
+    unsafe {
+        let full = bpf_sk_fullsock(sk);
+        !full.is_null() && (*full).mark == INNER_MARK
+    }
 }
 
 /// Whose a socket is. The kernel tells tc the cgroup of a packet's socket only (`bpf_sk_cgroup_id` is for cgroup
@@ -209,5 +223,5 @@ fn hand_over(ctx: &TcContext, segment: &Segment, listener: *mut bpf_sock, way: W
 fn note(segment: &Segment, netns_cookie: u64) -> bool {
     // SAFETY: a helper without arguments.
     let noted_ns = unsafe { bpf_ktime_get_ns() };
-    SYN_NOTES.insert(flow(segment), SynNote { noted_ns, netns_cookie }, 0).is_ok()
+    SYN_NOTES.insert(segment.inward(), SynNote { noted_ns, netns_cookie }, 0).is_ok()
 }

@@ -10,6 +10,8 @@ mod connect;
 #[cfg(target_arch = "bpf")]
 mod egress;
 #[cfg(target_arch = "bpf")]
+mod host;
+#[cfg(target_arch = "bpf")]
 mod ingress;
 #[cfg(target_arch = "bpf")]
 mod lookup;
@@ -31,7 +33,7 @@ mod programs {
     use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext};
     use mesh_ebpf_common::outcome::Hook;
 
-    use crate::{connect, egress, ingress, lookup, sock_ops};
+    use crate::{connect, egress, host, ingress, lookup, sock_ops};
 
     #[cgroup_sock_addr(connect4)]
     fn connect4(ctx: SockAddrContext) -> i32 {
@@ -83,6 +85,12 @@ mod programs {
     #[classifier]
     fn tc_host_ingress(ctx: TcContext) -> i32 {
         egress::on_frame(&ctx, Hook::HostIngress)
+    }
+
+    /// For the node's end of a workload's link, too.
+    #[classifier]
+    fn tc_host_egress(ctx: TcContext) -> i32 {
+        host::on_frame(&ctx)
     }
 
     /// For interfaces without a link layer header.

@@ -8,7 +8,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkSto
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
 use mesh_ebpf_common::abi::{
-    Captured, Event, EventBudget, FlowKey, ListenerKey, ListenerTag, OriginalDst, PeerKey, SynNote, Workload,
+    Captured, Event, EventBudget, FlowKey, HostFlow, ListenerKey, ListenerTag, OriginalDst, PeerKey, SynNote, Workload,
 };
 use mesh_ebpf_common::maps as size;
 use mesh_ebpf_common::outcome;
@@ -31,6 +31,8 @@ pub(crate) static LISTENERS: SockHash<ListenerKey, { size::MAX_LISTENERS }> = So
 pub(crate) static PREEXISTING: HashMap<u64, u64, { size::MAX_PREEXISTING }> = HashMap::new();
 #[btf_map]
 pub(crate) static SYN_NOTES: LruHashMap<FlowKey, SynNote, { size::MAX_SYN_NOTES }> = LruHashMap::new();
+#[btf_map]
+pub(crate) static HOST_FLOWS: LruHashMap<FlowKey, HostFlow, { size::MAX_HOST_FLOWS }> = LruHashMap::new();
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { outcome::COUNTERS }> = PerCpuArray::new();
 #[btf_map]

@@ -7,7 +7,7 @@ use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skc_lookup_tcp};
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_common::abi::Addr;
+use mesh_ebpf_common::abi::{Addr, FlowKey};
 use mesh_ebpf_common::maps::MAX_EXTENSION_HEADERS;
 use mesh_ebpf_common::outcome::Reason;
 
@@ -48,6 +48,32 @@ pub(crate) struct Segment {
     pub(crate) v6: bool,
 }
 
+impl Segment {
+    /// Its connection, when it goes into the workload.
+    #[inline(always)]
+    pub(crate) fn inward(&self) -> FlowKey {
+        FlowKey {
+            local: self.dst,
+            remote: self.src,
+            local_port: self.dst_port,
+            remote_port: self.src_port,
+            reserved: 0,
+        }
+    }
+
+    /// Its connection, when it comes out of the workload.
+    #[inline(always)]
+    pub(crate) fn outward(&self) -> FlowKey {
+        FlowKey {
+            local: self.src,
+            remote: self.dst,
+            local_port: self.src_port,
+            remote_port: self.dst_port,
+            reserved: 0,
+        }
+    }
+}
+
 /// Between whom a packet goes.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Ends {
@@ -79,6 +105,25 @@ pub(crate) fn load<T: Copy>(ctx: &TcContext, start: Start, offset: u32) -> Optio
             start as u32,
         );
         (done == 0).then(|| value.assume_init())
+    }
+}
+
+const ETHERTYPE_OFFSET: u32 = 12;
+const ETHERNET_BYTES: u32 = 14;
+const VLAN_TAG_BYTES: u32 = 4;
+
+/// Where a frame's packet begins, and its protocol: the frame itself says what it is, because a packet socket can claim any
+/// protocol for one that it built.
+#[inline(always)]
+pub(crate) fn packet_in_frame(ctx: &TcContext) -> Option<(u32, u16)> {
+    let ethertype = load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET).map(u16::from_be)?;
+    if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
+        return Some((ETHERNET_BYTES, ethertype));
+    }
+    match load::<u16>(ctx, Start::Link, ETHERTYPE_OFFSET + VLAN_TAG_BYTES).map(u16::from_be) {
+        // Two tags and more are nobody's network here.
+        None | Some(ETH_P_8021Q | ETH_P_8021AD) => None,
+        Some(inner) => Some((ETHERNET_BYTES + VLAN_TAG_BYTES, inner)),
     }
 }
 

@@ -49,12 +49,12 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 /// A workload's namespace `pod`, a namespace `peer` at the other end of its link, and cgroups.
 pub struct Bed {
     name: String,
-    /// `pods/app` (the application), `proxy`, `outside`.
+    /// `pods/app` (the application), `pods/neighbour`, `proxy`, `outside`.
     cgroups: PathBuf,
     run: PathBuf,
     /// The workload.
     pub pod: Netns,
-    /// Outside the mesh.
+    /// The node, outside the mesh.
     pub peer: Netns,
 }
 
@@ -63,9 +63,11 @@ pub struct Bed {
 pub enum Group {
     /// A workload's.
     App,
+    /// Another pod's; in the namespace `peer`, one with `hostNetwork`.
+    Neighbour,
     /// The proxy's.
     Proxy,
-    /// Neither.
+    /// Neither; in the namespace `peer`, a process of the node itself.
     Outside,
 }
 
@@ -75,7 +77,7 @@ impl Bed {
         assert!(nix::unistd::geteuid().is_root(), "the capture suite needs root: run it with sudo");
         let name = format!("mt{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let cgroups = cgroup2_root().join(format!("mesh-test-{name}"));
-        for group in ["pods/app", "proxy", "outside"] {
+        for group in ["pods/app", "pods/neighbour", "proxy", "outside"] {
             fs::create_dir_all(cgroups.join(group)).expect("create a cgroup");
         }
         let run = PathBuf::from(format!("/run/mesh-test-{name}"));
@@ -121,6 +123,7 @@ impl Bed {
     pub fn cgroup(&self, group: Group) -> PathBuf {
         self.cgroups.join(match group {
             Group::App => "pods/app",
+            Group::Neighbour => "pods/neighbour",
             Group::Proxy => "proxy",
             Group::Outside => "outside",
         })
@@ -201,7 +204,8 @@ impl Drop for Bed {
         if let Err(error) = umount2(&self.bpffs(), MntFlags::MNT_DETACH) {
             eprintln!("unmount {}: {error}", self.bpffs().display());
         }
-        let cgroups = ["pods/app", "pods", "proxy", "outside", ""].map(|group| self.cgroups.join(group));
+        let cgroups =
+            ["pods/app", "pods/neighbour", "pods", "proxy", "outside", ""].map(|group| self.cgroups.join(group));
         for dir in cgroups.iter().chain([&self.run.join("bpf"), &self.run]) {
             if let Err(error) = fs::remove_dir(dir) {
                 eprintln!("remove {}: {error}", dir.display());

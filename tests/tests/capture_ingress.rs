@@ -109,7 +109,7 @@ fn an_application_cannot_take_the_proxys_place() {
     let impostor = application(&mesh.bed, &mesh.bed.pod, Group::App, &taken);
     let timeout = Duration::from_millis(300);
     for port in [APP_PORT, 15006, 15008] {
-        let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Outside, false);
+        let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Neighbour, false);
         connect(socket, SocketAddr::new(pod_ip(false), port), timeout).expect_err("an impostor's connection");
     }
     assert_eq!(impostor.accepted(), 0, "{}", counts(&mesh.capture));
@@ -192,7 +192,7 @@ fn a_client_returns_to_a_port_in_time_wait() {
         let destination = SocketAddr::new(pod_ip(v6), port);
         let client = SocketAddr::new(peer_ip(v6), 43000);
         for round in 0..4 {
-            let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Outside, v6);
+            let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Neighbour, v6);
             setsockopt(&socket, sockopt::ReuseAddr, &true).unwrap();
             bind(socket.as_fd(), client).expect("bind the same port again");
             let begin = Instant::now();
@@ -217,7 +217,7 @@ fn time_wait_without_a_proxy_is_refused() {
     let app = app(&mesh);
     let client = SocketAddr::new(peer_ip(false), 43001);
     let dial = |mesh: &Mesh| {
-        let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Outside, false);
+        let socket = mesh.bed.tcp(&mesh.bed.peer, Group::Neighbour, false);
         setsockopt(&socket, sockopt::ReuseAddr, &true).unwrap();
         bind(socket.as_fd(), client).expect("bind");
         connect(socket, app_address(false), PATIENCE)

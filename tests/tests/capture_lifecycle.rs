@@ -111,9 +111,17 @@ fn cleanup_leaves_nothing_and_says_what_it_removed() {
         mesh.proxy.take().expect("runs").stop();
         let ids = program_ids(&mesh.capture);
         let removed = mesh.bed.cleanup().unwrap();
-        for part in
-            ["links/connect4", "maps/WORKLOADS", "lookup", "tc_ingress", "tc_egress", "tc_host_ingress", "gate", "v2"]
-        {
+        for part in [
+            "links/connect4",
+            "maps/WORKLOADS",
+            "lookup",
+            "tc_ingress",
+            "tc_egress",
+            "tc_host_ingress",
+            "tc_host_egress",
+            "gate",
+            "v3",
+        ] {
             assert!(removed.iter().any(|line| line.contains(part)), "{part} is not in {removed:#?}");
         }
         // The kernel puts two files of its own into every such file system.
@@ -215,7 +223,7 @@ fn an_application_that_holds_a_port_keeps_its_workload_closed() {
         let text = chain(&error);
         assert!(text.contains(&port.to_string()) && text.contains("test/pod"), "{text}");
         connect(bed.tcp(&bed.pod, Group::App, false), OUTSIDE, PATIENCE).expect_err("closed outward");
-        let inward = bed.tcp(&bed.peer, Group::Outside, false);
+        let inward = bed.tcp(&bed.peer, Group::Neighbour, false);
         connect(inward, held, Duration::from_millis(400)).expect_err("closed inward");
         assert_eq!((app.accepted(), outside.accepted()), (0, 0), "{}", counts(&capture));
     }
@@ -357,7 +365,7 @@ fn a_proxy_whose_listeners_live_on_is_not_retired() {
     assert_eq!(capture.retire_proxies().unwrap(), nobody, "its listeners live");
     let proxy = listeners.serve(Arc::clone(&capture), cookie);
     let inside = SocketAddr::new(pod_ip(false), 8087);
-    let client = bed.tcp(&bed.peer, Group::Outside, false);
+    let client = bed.tcp(&bed.peer, Group::Neighbour, false);
     let mut stream = connect(client, inside, PATIENCE).expect("what its listeners accept is the proxy's");
     assert!(read_line(&mut stream).unwrap().starts_with("in 15006 "));
     drop(stream);

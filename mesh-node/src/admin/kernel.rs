@@ -107,6 +107,7 @@ fn hook(program: &str) -> String {
         "lookup" | "gate" => "sk_lookup".to_owned(),
         "tc_ingress" => "tc/ingress".to_owned(),
         "tc_host_ingress" => "tc/host_ingress".to_owned(),
+        "tc_host_egress" => "tc/host_egress".to_owned(),
         egress if egress.starts_with("tc_egress") => "tc/egress".to_owned(),
         cgroup => format!("cgroup/{cgroup}"),
     }
@@ -144,6 +145,7 @@ mod tests {
             ("2_tc_ingress", "tc_ingress", "tc/ingress"),
             ("17_tc_egress_l2", "tc_egress_l2", "tc/egress"),
             ("5_tc_host_ingress", "tc_host_ingress", "tc/host_ingress"),
+            ("5_tc_host_egress_clsact", "tc_host_egress", "tc/host_egress"),
             ("2_tc_ingress_clsact", "tc_ingress", "tc/ingress"),
             ("lookup", "lookup", "sk_lookup"),
             ("gate", "gate", "sk_lookup"),

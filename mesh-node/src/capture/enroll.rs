@@ -15,7 +15,7 @@ use super::gate::ShutGate;
 use super::guard::Place;
 use super::netns::{Interface, find_netns, in_netns, interfaces, netns_cookie};
 use super::pins::{CLSACT_SUFFIX, GATE, InterfacePin, LOOKUP, entries};
-use super::programs::{HOST_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link};
+use super::programs::{INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link, is_at_node_end};
 use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
 use super::{Capture, ListenerFds, inner_route, insert, tc};
@@ -330,7 +330,7 @@ pub(super) fn remove_pins(
         .iter()
         .filter_map(|pin| InterfacePin::parse(pin.file_name()?.to_str()?, &INTERFACE_PROGRAMS))
         .filter(|pin| pin.clsact);
-    let (at_node, inside): (Vec<_>, Vec<_>) = clsact.partition(|pin| pin.program == HOST_PROGRAM);
+    let (at_node, inside): (Vec<_>, Vec<_>) = clsact.partition(|pin| is_at_node_end(pin.program));
     if let Some(netns) = netns {
         let undone = in_netns(netns, || detach(&inside).and_then(|()| inner_route::tear_down()));
         context(undone.and_then(|done| done), what)?;

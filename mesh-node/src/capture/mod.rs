@@ -66,7 +66,7 @@ pub enum TcMode {
 /// What the loader needs to know.
 #[derive(Clone, Debug)]
 pub struct CaptureConfig {
-    /// A directory on a BPF file system; pins go to `v2/` below it.
+    /// A directory on a BPF file system; pins go to `v3/` below it.
     pub bpffs: PathBuf,
     /// The cgroup v2 directory above all workloads.
     pub pods_cgroup: PathBuf,
@@ -144,7 +144,9 @@ impl Capture {
         let pins = Pins::new(&config.bpffs);
         context(pins.create(), || format!("create {}", pins.root().display()))?;
         let _alone = lock(pins.root())?;
-        let programs = Programs::load(&pins, &config.map_entries)?;
+        let pods =
+            context(cgroup::id(&config.pods_cgroup), || format!("open cgroup {}", config.pods_cgroup.display()))?;
+        let programs = Programs::load(&pins, pods, &config.map_entries)?;
         let maps = PinnedMaps::open(&pins)?;
         maps.check_layout(&pins)?;
         let describe = || format!("register the proxy's cgroup {}", config.proxy_cgroup.display());

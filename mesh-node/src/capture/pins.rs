@@ -1,14 +1,14 @@
 //! Where everything is pinned, below the versioned directory.
 //!
 //! ```text
-//! <bpffs>/v2/maps/<MAP>
-//! <bpffs>/v2/links/<program>                        attached to the workloads' cgroup
-//! <bpffs>/v2/workloads/<cookie>/lookup              attached to the workload's namespace
-//! <bpffs>/v2/workloads/<cookie>/gate                attached to it, too
-//! <bpffs>/v2/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
-//! <bpffs>/v2/workloads/<cookie>/<ifindex>_tc_host_ingress   the same, attached to the node's ends of its links
-//! <bpffs>/v2/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
-//! <bpffs>/v2/workloads/<cookie>/moved_<link>_<program>      tcx links of interfaces that are elsewhere now
+//! <bpffs>/v3/maps/<MAP>
+//! <bpffs>/v3/links/<program>                        attached to the workloads' cgroup
+//! <bpffs>/v3/workloads/<cookie>/lookup              attached to the workload's namespace
+//! <bpffs>/v3/workloads/<cookie>/gate                attached to it, too
+//! <bpffs>/v3/workloads/<cookie>/<ifindex>_<program> tcx links, attached to its interfaces
+//! <bpffs>/v3/workloads/<cookie>/<ifindex>_tc_host_<way>     the same, attached to the node's ends of its links
+//! <bpffs>/v3/workloads/<cookie>/<ifindex>_<program>_clsact  programs, where the kernel has no tcx
+//! <bpffs>/v3/workloads/<cookie>/moved_<link>_<program>      tcx links of interfaces that are elsewhere now
 //! ```
 
 use std::io;
@@ -74,7 +74,7 @@ impl Pins {
     }
 }
 
-/// `v2`
+/// `v3`
 pub(super) fn version_name() -> String {
     format!("v{LAYOUT_VERSION}")
 }

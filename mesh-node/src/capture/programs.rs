@@ -33,10 +33,20 @@ pub(super) const INGRESS_PROGRAM: &str = "tc_ingress";
 pub(super) const EGRESS_L2_PROGRAM: &str = "tc_egress_l2";
 /// For interfaces without.
 pub(super) const EGRESS_L3_PROGRAM: &str = "tc_egress_l3";
-/// For the node's end of a workload's link.
-pub(super) const HOST_PROGRAM: &str = "tc_host_ingress";
+/// For the node's end of a workload's link: what comes out of the workload.
+pub(super) const HOST_INGRESS_PROGRAM: &str = "tc_host_ingress";
+/// For the node's end of a workload's link: what goes into the workload.
+pub(super) const HOST_EGRESS_PROGRAM: &str = "tc_host_egress";
 /// All that attach to interfaces.
-pub(super) const INTERFACE_PROGRAMS: [&str; 4] = [INGRESS_PROGRAM, EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM];
+pub(super) const INTERFACE_PROGRAMS: [&str; 5] =
+    [INGRESS_PROGRAM, EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_INGRESS_PROGRAM, HOST_EGRESS_PROGRAM];
+/// Where the programs have the id of the pods' cgroup.
+const PODS_CGROUP: &str = "PODS_CGROUP";
+
+/// Whether a program attaches to an interface of the node's, not of the workload's.
+pub(super) fn is_at_node_end(program: &str) -> bool {
+    program == HOST_INGRESS_PROGRAM || program == HOST_EGRESS_PROGRAM
+}
 
 /// Size of the built-in object in bytes; `None` when the binary was built without.
 pub fn object_size() -> Option<usize> {
@@ -52,11 +62,12 @@ pub(super) struct Programs {
 
 impl Programs {
     /// Loads the object; its maps are those that are pinned already, or are created and pinned now.
-    pub(super) fn load(pins: &Pins, sizes: &[(&'static str, u32)]) -> Result<Self, CaptureError> {
+    pub(super) fn load(pins: &Pins, pods_cgroup: u64, sizes: &[(&'static str, u32)]) -> Result<Self, CaptureError> {
         if OBJECT.is_empty() {
             return Err(CaptureError::NoObject);
         }
         let mut loader = EbpfLoader::new();
+        loader.override_global(PODS_CGROUP, &pods_cgroup, true);
         for name in maps::ALL {
             loader.map_pin_path(name, pins.map(name));
         }

@@ -16,7 +16,8 @@ use super::netlink::{errno_of, with_netlink};
 use super::netns::{Interface, LinkLayer};
 use super::pins::{InterfacePin, MOVED, entries};
 use super::programs::{
-    EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_PROGRAM, INGRESS_PROGRAM, INTERFACE_PROGRAMS, Programs, existing_link,
+    EGRESS_L2_PROGRAM, EGRESS_L3_PROGRAM, HOST_EGRESS_PROGRAM, HOST_INGRESS_PROGRAM, INGRESS_PROGRAM,
+    INTERFACE_PROGRAMS, Programs, existing_link, is_at_node_end,
 };
 use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
 
@@ -39,26 +40,30 @@ pub(super) fn attach(
     attach_one(programs, mode, &Place { directory, interface, program: INGRESS_PROGRAM }, Way::Ingress)
 }
 
-/// The program of the node's end of a workload's link. Called in the node's namespace.
+/// Both programs of the node's end of a workload's link. Called in the node's namespace, after [`attach`]: what they let pass is
+/// guarded inside.
 pub(super) fn attach_node_end(
     programs: &mut Programs,
     mode: TcMode,
     directory: &Path,
     interface: &Interface,
 ) -> Result<(), CaptureError> {
-    attach_one(programs, mode, &Place { directory, interface, program: HOST_PROGRAM }, Way::Ingress)
+    attach_one(programs, mode, &Place { directory, interface, program: HOST_INGRESS_PROGRAM }, Way::Ingress)?;
+    attach_one(programs, mode, &Place { directory, interface, program: HOST_EGRESS_PROGRAM }, Way::Egress)
 }
 
 /// Undoes [`attach_node_end`]. Called in the node's namespace.
 pub(super) fn detach_node_end(directory: &Path, interface: &Interface) -> io::Result<()> {
-    let place = Place { directory, interface, program: HOST_PROGRAM };
-    for clsact in [false, true] {
-        let pin = place.pin(clsact);
-        if pin.exists() {
-            if clsact {
-                detach_clsact(interface, HOST_PROGRAM)?;
+    for program in [HOST_EGRESS_PROGRAM, HOST_INGRESS_PROGRAM] {
+        let place = Place { directory, interface, program };
+        for clsact in [false, true] {
+            let pin = place.pin(clsact);
+            if pin.exists() {
+                if clsact {
+                    detach_clsact(interface, program)?;
+                }
+                std::fs::remove_file(pin)?;
             }
-            std::fs::remove_file(pin)?;
         }
     }
     Ok(())
@@ -144,7 +149,7 @@ pub(super) fn prune(directory: &Path, inside: &[Interface], outside: &[Interface
         let moved = name.strip_prefix(MOVED);
         let Some(pin) = InterfacePin::parse(moved.unwrap_or(name), &INTERFACE_PROGRAMS) else { continue };
         let gone = if pin.clsact {
-            let present = if pin.program == HOST_PROGRAM { outside } else { inside };
+            let present = if is_at_node_end(pin.program) { outside } else { inside };
             !present.iter().any(|interface| interface.index == pin.index)
         } else {
             let Some(link) = existing_link(&path)? else { continue };
@@ -218,7 +223,7 @@ fn require_clsact(interface: &Interface) -> io::Result<()> {
 /// Removes a clsact filter; one that the workload removed itself is fine. Called in the interface's namespace.
 pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<()> {
     let kind = match program {
-        INGRESS_PROGRAM | HOST_PROGRAM => TcAttachType::Ingress,
+        INGRESS_PROGRAM | HOST_INGRESS_PROGRAM => TcAttachType::Ingress,
         _ => TcAttachType::Egress,
     };
     let link = SchedClassifierLink::attached(&interface.name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;

@@ -55,9 +55,14 @@ impl Mesh {
         tcp::connect(self.bed.tcp(&self.bed.pod, Group::App, destination.is_ipv6()), destination, super::PATIENCE)
     }
 
-    /// Connects from outside the mesh.
+    /// Connects from outside the mesh, as a pod.
     pub fn call(&self, destination: SocketAddr) -> io::Result<TcpStream> {
-        tcp::connect(self.bed.tcp(&self.bed.peer, Group::Outside, destination.is_ipv6()), destination, super::PATIENCE)
+        self.call_as(Group::Neighbour, destination)
+    }
+
+    /// Connects from the node's namespace.
+    pub fn call_as(&self, group: Group, destination: SocketAddr) -> io::Result<TcpStream> {
+        tcp::connect(self.bed.tcp(&self.bed.peer, group, destination.is_ipv6()), destination, super::PATIENCE)
     }
 
     /// How often a hook had an outcome.
