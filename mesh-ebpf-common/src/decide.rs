@@ -20,7 +20,7 @@ pub const ACK: u8 = 0x10;
 #[inline(always)]
 pub const fn connect(workload: &Workload, dst: &Addr, port: u16) -> Reason {
     let own = dst.is_loopback();
-    if (own || workload.owns(dst)) && (port == OUTBOUND_PORT || port == INBOUND_PORT || port == HBONE_PORT) {
+    if (own || workload.owns(dst)) && is_proxys(port) {
         return Reason::OwnProxyPort;
     }
     if own {
@@ -203,6 +203,12 @@ pub enum HostEgress {
     Forget,
 }
 
+/// Whether a port, in host byte order, is one of the proxy's.
+#[inline(always)]
+pub const fn is_proxys(port: u16) -> bool {
+    port == OUTBOUND_PORT || port == INBOUND_PORT || port == HBONE_PORT
+}
+
 /// Whether a segment opens a connection.
 #[inline(always)]
 pub const fn opens(flags: u8) -> bool {
@@ -212,8 +218,7 @@ pub const fn opens(flags: u8) -> bool {
 /// Judges a segment at the node's end, on its way to a workload. The destination port is in host byte order.
 #[inline(always)]
 pub const fn host_egress(origin: Origin, known: Known, flags: u8, dst_port: u16) -> HostEgress {
-    let proxys = dst_port == OUTBOUND_PORT || dst_port == INBOUND_PORT || dst_port == HBONE_PORT;
-    if matches!(origin, Origin::Process) && opens(flags) && !proxys {
+    if matches!(origin, Origin::Process) && opens(flags) && !is_proxys(dst_port) {
         return HostEgress::Note;
     }
     if matches!(known, Known::Nothing) {

@@ -95,7 +95,7 @@ fn report(segment: &Segment, judged: &Judged) {
 fn judge(ctx: &TcContext, segment: &Segment) -> Judged {
     let port = u16::from_be(segment.dst_port);
     let sk = find_socket(ctx, segment, segment.src_port, segment.dst_port);
-    if host::is_known(&segment.inward()) {
+    if !decide::is_proxys(port) && host::is_known(&segment.inward()) {
         let inner = is_inner(sk);
         if !sk.is_null() {
             // SAFETY: the reference came from the look-up and is given back once.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -250,12 +250,11 @@ fn a_workload_sends_nothing_else_in_a_connection_of_the_nodes() {
     assert!(mesh.count(Hook::Egress, Reason::OutsideCgroup) > before, "{}", counts(&mesh.capture));
 }
 
-/// Another workload has the first one's address and a socket of the right addresses and ports: it came by another link.
+/// Addresses and ports are not enough: two workloads can have the same.
 #[test]
 fn answers_leave_by_the_link_that_was_called() {
     let mesh = Mesh::new();
-    let (client, _served) = host_flow(&mesh, false);
-    let caller = local_name(client.as_fd()).unwrap();
+    let (_client, mut served) = host_flow(&mesh, false);
     mesh.bed.add_link(40);
     let listeners = mesh.proxy().listeners();
     let fds: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
@@ -263,9 +262,8 @@ fn answers_leave_by_the_link_that_was_called() {
     // The way back leads elsewhere now.
     mesh.bed.pod.ip(&["route", "add", &format!("{PEER_V4}/32"), "dev", "late0"]);
     let before = mesh.count(Hook::HostIngress, Reason::OutsideCgroup);
-    (&_served).write_all(b"astray\n").unwrap();
+    served.write_all(b"astray\n").unwrap();
     eventually("it is dropped at the other link", || mesh.count(Hook::HostIngress, Reason::OutsideCgroup) > before);
-    assert_eq!(caller.ip(), IpAddr::V4(PEER_V4));
 }
 
 #[test]
