@@ -3,7 +3,8 @@
 //!
 //! A packet that a socket of this namespace sends has that socket, and came in by no interface. One that is forwarded came in
 //! by one (`__netif_receive_skb_core` writes it down), also through a bridge, where it keeps the socket that it had in its own
-//! namespace; routing takes the socket away (Linux 6.18 `ip_rcv_core`).
+//! namespace; routing takes the socket away (Linux 6.18 `ip_rcv_core`), and so does netfilter for bridges
+//! (`setup_pre_routing`).
 
 use core::ptr;
 

@@ -90,8 +90,16 @@ fn behind(bed: &Bed) -> Netns {
 }
 
 /// The workload's link ends at a bridge of the node, as with most simple networks, and another pod's does, too.
+///
+/// Its packets keep their sockets: netfilter for bridges, where the kernel has it, would take these away.
 fn beside(bed: &Bed) -> Netns {
     let beside = bed.another("beside");
+    for family in ["ip", "ip6"] {
+        let key = format!("bridge/bridge-nf-call-{family}tables");
+        if std::path::Path::new("/proc/sys/net").join(&key).exists() {
+            bed.peer.sysctl(&key, "0");
+        }
+    }
     bed.peer.ip(&["link", "add", "cni0", "type", "bridge"]);
     bed.peer.ip(&["link", "add", "beside", "type", "veth", "peer", "name", "eth0", "netns", beside.name()]);
     bed.peer.ip(&["addr", "flush", "dev", "eth0"]);
