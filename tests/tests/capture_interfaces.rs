@@ -67,6 +67,31 @@ fn an_interface_with_the_index_of_one_that_moved_away_is_guarded() {
     }
 }
 
+/// Root of a workload renames its interfaces all the time; each is taken for what it is.
+#[test]
+fn an_interface_that_is_renamed_while_it_is_looked_at_is_guarded() {
+    for open in [Bed::capture, Bed::capture_by_clsact] {
+        let mesh = Mesh::with(open);
+        let index = 77;
+        mesh.bed.add_link(index);
+        // Before Linux 6.2 one that is up has to keep its name.
+        mesh.bed.pod.ip(&["link", "set", "late0", "down"]);
+        let renames = "link set late0 name other0\nlink set other0 name late0\n".repeat(500);
+        std::thread::scope(|scope| {
+            let renaming = scope.spawn(|| mesh.bed.pod.ip_batch(&renames));
+            let mut looks = 0;
+            while looks < 20 || !renaming.is_finished() {
+                let listeners = mesh.proxy().listeners();
+                let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+                let guarded = mesh.bed.enroll(&mesh.capture, &listeners).interfaces;
+                let found = guarded.iter().any(|interface| interface.index == index);
+                assert!(found, "look {looks}: {guarded:?}");
+                looks += 1;
+            }
+        });
+    }
+}
+
 #[test]
 fn pins_of_interfaces_that_are_gone_do_not_pile_up() {
     for open in [Bed::capture, Bed::capture_by_clsact] {

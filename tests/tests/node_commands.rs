@@ -20,10 +20,10 @@ fn a_configuration_that_cannot_work_ends_the_node_proxy_once_with_the_reason() {
     bed.sandbox.end_part(&Part::Node("node-b".into())).unwrap();
     let layout = &bed.sandbox.layout;
     let no_bpffs = layout.run.display().to_string();
-    let own = layout.cgroup.display().to_string();
+    let whole = layout.cgroup.display().to_string();
     for (flag, value, reason) in [
         ("--bpffs", &no_bpffs, "is not on a BPF file system"),
-        ("--cgroup", &own, "start the proxy in a cgroup of its own"),
+        ("--cgroup", &whole, "run mesh-node cleanup, then start again"),
     ] {
         let mut argv = bed.sandbox.node_argv("node-b").unwrap();
         let at = argv.iter().position(|argument| argument == flag).expect("flag");

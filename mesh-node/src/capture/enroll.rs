@@ -89,9 +89,8 @@ impl Capture {
     ) -> Result<Enrollment, CaptureError> {
         let uid = request.uid;
         let listeners = context(describe(request.listeners), || format!("listeners of {uid}"));
-        let mut guard = self.programs();
+        let programs = &*self.programs();
         let _alone = self.lock()?;
-        let programs = &mut *guard;
         let first_time = !directory.join(LOOKUP).exists();
         // Places of workloads are given out here, too. Before anything can fail: what the workload starts is captured.
         let slot = self.register(cookie, request)?;
@@ -122,7 +121,7 @@ impl Capture {
         });
         let (interfaces, node_ends, preexisting) =
             context(inside, || format!("enter the network namespace of {uid}"))??;
-        self.attach_lookup(&guard, directory, request)?;
+        self.attach_lookup(programs, directory, request)?;
         Ok(Enrollment { cookie, interfaces, node_ends, preexisting })
     }
 
@@ -356,7 +355,7 @@ fn detach(pins: &[InterfacePin]) -> io::Result<()> {
     let present = interfaces()?;
     for pin in pins {
         if let Some(interface) = present.iter().find(|interface| interface.index == pin.index) {
-            tc::detach_clsact(interface, pin.program)?;
+            tc::detach_clsact(interface.index, pin.program)?;
         }
     }
     Ok(())

@@ -49,8 +49,7 @@ impl Capture {
     /// none.
     pub fn guard_again(&self, cookie: u64) -> Result<Vec<Interface>, CaptureError> {
         let name = format!("the namespace with cookie {cookie}");
-        let mut guard = self.programs();
-        let programs = &mut *guard;
+        let programs = &*self.programs();
         let _alone = self.lock()?;
         let netns = context(self.watches.netns(cookie), || format!("open {name}"))?;
         let Some(netns) = netns else { return Ok(Vec::new()) };
@@ -78,7 +77,7 @@ impl Capture {
     /// and the node's ends of their links that are guarded too.
     ///
     /// An interface that cannot be guarded is an error, and stays shut; the others are guarded nevertheless.
-    pub(super) fn guard(&self, programs: &mut Programs, place: &Place<'_>) -> Result<Guarded, CaptureError> {
+    pub(super) fn guard(&self, programs: &Programs, place: &Place<'_>) -> Result<Guarded, CaptureError> {
         let list = || context(interfaces(), || format!("list interfaces of {}", place.name));
         // Before the list, so that whatever comes is in it or is heard of.
         context(self.watches.add(place.cookie), || format!("watch interfaces of {}", place.name))?;
@@ -115,7 +114,7 @@ impl Capture {
     /// returned.
     fn attach(
         &self,
-        programs: &mut Programs,
+        programs: &Programs,
         directory: &Path,
         interface: &Interface,
     ) -> Result<Option<Interface>, CaptureError> {

@@ -9,6 +9,7 @@
 
 mod cgroup;
 mod cleanup;
+mod clsact;
 mod enroll;
 mod error;
 mod events;

@@ -55,8 +55,6 @@ pub fn object_size() -> Option<usize> {
 
 /// The loaded programs of this process' version.
 pub(super) struct Programs {
-    /// Keeps what aya needs for clsact filters.
-    pub(super) object: Ebpf,
     fds: BTreeMap<&'static str, OwnedFd>,
 }
 
@@ -80,7 +78,7 @@ impl Programs {
         for name in names {
             fds.insert(name, load_program(&mut object, name)?);
         }
-        Ok(Self { object, fds })
+        Ok(Self { fds })
     }
 
     pub(super) fn fd(&self, program: &'static str) -> Result<BorrowedFd<'_>, CaptureError> {

@@ -4,15 +4,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use aya::Ebpf;
-use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact};
-use aya::programs::{Program, SchedClassifier, TcAttachType};
-use futures_util::TryStreamExt;
-use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
-
 use super::TcMode;
+use super::clsact::{self, Way};
 use super::error::{CaptureError, context};
-use super::netlink::{errno_of, with_netlink};
 use super::netns::{Interface, LinkLayer};
 use super::pins::{InterfacePin, MOVED, entries};
 use super::programs::{
@@ -21,13 +15,9 @@ use super::programs::{
 };
 use super::sys::{self, AttachType, BPF_F_BEFORE, Target};
 
-/// Our filter's place among clsact filters: first, and always the same, so that the next version replaces it.
-const CLSACT_PRIORITY: u16 = 1;
-const CLSACT_HANDLE: tc::TcHandle = tc::TcHandle::new(0, 1);
-
 /// Both programs of a workload's interface. Called in its namespace.
 pub(super) fn attach(
-    programs: &mut Programs,
+    programs: &Programs,
     mode: TcMode,
     directory: &Path,
     interface: &Interface,
@@ -43,7 +33,7 @@ pub(super) fn attach(
 /// Both programs of the node's end of a workload's link. Called in the node's namespace, after [`attach`]: what they let pass is
 /// guarded inside.
 pub(super) fn attach_node_end(
-    programs: &mut Programs,
+    programs: &Programs,
     mode: TcMode,
     directory: &Path,
     interface: &Interface,
@@ -60,7 +50,7 @@ pub(super) fn detach_node_end(directory: &Path, interface: &Interface) -> io::Re
             let pin = place.pin(clsact);
             if pin.exists() {
                 if clsact {
-                    detach_clsact(interface, program)?;
+                    detach_clsact(interface.index, program)?;
                 }
                 std::fs::remove_file(pin)?;
             }
@@ -69,21 +59,14 @@ pub(super) fn detach_node_end(directory: &Path, interface: &Interface) -> io::Re
     Ok(())
 }
 
-/// Which way the packets go that a program sees.
-#[derive(Clone, Copy)]
-enum Way {
-    Ingress,
-    Egress,
-}
-
-fn attach_one(programs: &mut Programs, mode: TcMode, place: &Place<'_>, way: Way) -> Result<(), CaptureError> {
-    let (tcx, clsact) = match way {
-        Way::Ingress => (AttachType::TcxIngress, TcAttachType::Ingress),
-        Way::Egress => (AttachType::TcxEgress, TcAttachType::Egress),
+fn attach_one(programs: &Programs, mode: TcMode, place: &Place<'_>, way: Way) -> Result<(), CaptureError> {
+    let tcx = match way {
+        Way::Ingress => AttachType::TcxIngress,
+        Way::Egress => AttachType::TcxEgress,
     };
     match mode {
         TcMode::Auto if attach_tcx(programs, place, tcx)? => Ok(()),
-        TcMode::Auto | TcMode::Clsact => attach_clsact(programs, place, clsact),
+        TcMode::Auto | TcMode::Clsact => attach_clsact(programs, place, way),
     }
 }
 
@@ -163,93 +146,24 @@ pub(super) fn prune(directory: &Path, inside: &[Interface], outside: &[Interface
 }
 
 /// The filter holds the program; the pin beside it says that the filter is ours.
-fn attach_clsact(programs: &mut Programs, place: &Place<'_>, kind: TcAttachType) -> Result<(), CaptureError> {
+fn attach_clsact(programs: &Programs, place: &Place<'_>, way: Way) -> Result<(), CaptureError> {
     let pin = place.pin(true);
     let what = || place.describe();
-    let name = &place.interface.name;
-    context(require_clsact(place.interface), what)?;
-    let classifier = classifier(&mut programs.object, place.program)?;
-    // The filter may be gone with its interface, or taken away by root of the workload.
-    let replaced = if pin.exists() { replace_filter(classifier, name, kind).ok() } else { None };
-    let link = match replaced {
-        Some(link) => link,
-        None => context(create_filter(classifier, name, kind), what)?,
-    };
-    // Dropping the link would detach the filter, which has to outlive this process.
-    std::mem::forget(link);
+    let program = programs.fd(place.program)?;
+    let index = place.interface.index;
+    context(clsact::require(index), what)?;
+    context(clsact::set(index, way, program, place.program, !pin.exists()), what)?;
     let temporary = pin.with_file_name("new");
     // A process that ended here left it.
     let _absent = std::fs::remove_file(&temporary);
-    let pinned = sys::pin(programs.fd(place.program)?, &temporary).and_then(|()| std::fs::rename(&temporary, &pin));
-    context(pinned, what)
-}
-
-fn replace_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType) -> io::Result<SchedClassifierLink> {
-    let link = SchedClassifierLink::attached(name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
-    let id = program.attach_to_link(link).map_err(io::Error::other)?;
-    program.take_link(id).map_err(io::Error::other)
-}
-
-fn create_filter(program: &mut SchedClassifier, name: &str, kind: TcAttachType) -> io::Result<SchedClassifierLink> {
-    let options =
-        TcAttachOptions::Netlink(NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None });
-    let id = program.attach_with_options(name, kind, options).map_err(io::Error::other)?;
-    program.take_link(id).map_err(io::Error::other)
-}
-
-/// Sees to it that there is a clsact. Its older kin, `ingress`, takes filters of both directions and runs them all on
-/// what comes in.
-fn require_clsact(interface: &Interface) -> io::Result<()> {
-    let index = interface.index.cast_signed();
-    let kind = with_netlink(|handle| async move {
-        let mut all = handle.qdisc().get().index(index).execute();
-        while let Some(qdisc) = all.try_next().await.map_err(errno_of)? {
-            if qdisc.header.index == index && qdisc.header.parent == TcHandle::CLSACT {
-                return Ok(qdisc.attributes.into_iter().find_map(|attribute| match attribute {
-                    TcAttribute::Kind(kind) => Some(kind),
-                    _ => None,
-                }));
-            }
-        }
-        Ok(None)
-    })?;
-    match kind.as_deref() {
-        None => qdisc_add_clsact(&interface.name).map_err(io::Error::other),
-        Some("clsact") => Ok(()),
-        Some(other) => Err(io::Error::other(format!("its queueing discipline {other} is in the place of clsact"))),
-    }
+    context(sys::pin(program, &temporary).and_then(|()| std::fs::rename(&temporary, &pin)), what)
 }
 
 /// Removes a clsact filter; one that the workload removed itself is fine. Called in the interface's namespace.
-pub(super) fn detach_clsact(interface: &Interface, program: &str) -> io::Result<()> {
-    let kind = match program {
-        INGRESS_PROGRAM | HOST_INGRESS_PROGRAM => TcAttachType::Ingress,
-        _ => TcAttachType::Egress,
+pub(super) fn detach_clsact(index: u32, program: &str) -> io::Result<()> {
+    let way = match program {
+        INGRESS_PROGRAM | HOST_INGRESS_PROGRAM => Way::Ingress,
+        _ => Way::Egress,
     };
-    let link = SchedClassifierLink::attached(&interface.name, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
-    // Dropping detaches, but would hide the error.
-    match aya::programs::links::Link::detach(link) {
-        // No such filter, or (`EINVAL`) no clsact to have it.
-        Err(error) if matches!(cause_of(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
-        result => result.map_err(io::Error::other),
-    }
-}
-
-/// The system call's error among the causes.
-fn cause_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
-        }
-        cause = error.source();
-    }
-    None
-}
-
-fn classifier<'a>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, CaptureError> {
-    match object.program_mut(name) {
-        Some(Program::SchedClassifier(program)) => Ok(program),
-        Some(_) | None => Err(CaptureError::NoProgram(name)),
-    }
+    clsact::remove(index, way)
 }

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use mesh_node::capture::{in_netns, netns_cookie};
 
@@ -102,6 +102,19 @@ impl Netns {
     /// Its name, as `ip` knows it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Runs lines of `ip` commands in it with one process.
+    ///
+    /// # Panics
+    /// One of them fails.
+    pub fn ip_batch(&self, lines: &str) {
+        let mut batch = Command::new("ip");
+        batch.args(["-n", &self.name, "-batch", "-"]).stdin(Stdio::piped());
+        let mut child = batch.spawn().unwrap_or_else(|e| panic!("run ip: {e}"));
+        let written = child.stdin.take().map(|mut input| input.write_all(lines.as_bytes()));
+        let status = child.wait().unwrap_or_else(|e| panic!("wait for ip: {e}"));
+        assert!(status.success() && matches!(written, Some(Ok(()))), "ip -batch: {status}, {written:?}");
     }
 
     /// Runs `ip` in it and returns what it printed.
