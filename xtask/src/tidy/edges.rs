@@ -5,9 +5,10 @@ use crate::metadata::{Kind, Package};
 use super::rust::{Source, find_word};
 
 /// The crates of this workspace that each one may depend on, tests and build scripts included.
-const EDGES: [(&str, &[&str]); 11] = [
-    ("mesh-agent", &["mesh-api", "mesh-core"]),
+const EDGES: [(&str, &[&str]); 12] = [
+    ("mesh-agent", &["mesh-api", "mesh-cni", "mesh-core"]),
     ("mesh-api", &["mesh-core"]),
+    ("mesh-cni", &[]),
     ("mesh-controller", &["mesh-api", "mesh-core"]),
     ("mesh-core", &[]),
     ("mesh-ctl", &["mesh-agent", "mesh-api", "mesh-core"]),
