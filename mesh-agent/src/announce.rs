@@ -41,7 +41,7 @@ impl Netns {
     }
 
     /// Differs where another namespace took the place of the last: its inode. 0 for one by its path, which stays.
-    fn stamp(&self) -> u64 {
+    pub(crate) fn stamp(&self) -> u64 {
         match self {
             Self::Path(_) | Self::Unknown => 0,
             Self::Held(file) => file.metadata().map_or(0, |metadata| metadata.ino()),
@@ -66,12 +66,18 @@ pub type Desired = BTreeMap<String, Enrol>;
 /// What one proxy was told so far and how it answered.
 #[derive(Debug, Default)]
 pub(crate) struct Announcer {
-    told: BTreeMap<String, Outcome>,
-    /// Namespaces that were told.
-    stamps: BTreeMap<String, u64>,
+    told: BTreeMap<String, Told>,
     /// Those without a known namespace that the proxy was told to keep.
     kept: BTreeSet<String>,
     snapshot_sent: bool,
+}
+
+/// An announcement that was answered.
+#[derive(Debug, Clone)]
+pub(crate) struct Told {
+    pub(crate) outcome: Outcome,
+    /// The namespace that was told.
+    pub(crate) stamp: u64,
 }
 
 /// How a proxy answered an announcement.
@@ -100,9 +106,11 @@ impl Announcer {
         let wanted = known.find(|(uid, enrol)| match self.told.get(*uid) {
             None => true,
             // A pod whose network was made anew: the proxy ends the old one.
-            Some(_) if self.stamps.get(*uid) != Some(&enrol.netns.stamp()) => true,
-            Some(Outcome::Enrolled) => false,
-            Some(Outcome::Refused { retry_at, .. }) => *retry_at <= now,
+            Some(told) if told.stamp != enrol.netns.stamp() => true,
+            Some(told) => match told.outcome {
+                Outcome::Enrolled => false,
+                Outcome::Refused { retry_at, .. } => retry_at <= now,
+            },
         });
         match wanted {
             Some((uid, enrol)) => {
@@ -125,15 +133,11 @@ impl Announcer {
         match request {
             Payload::Add(add) => {
                 let stamp = desired.get(&add.uid).map_or(0, |enrol| enrol.netns.stamp());
-                self.stamps.insert(add.uid.clone(), stamp);
                 let outcome = if error.is_empty() { Outcome::Enrolled } else { self.refused(&add.uid, error, now) };
-                self.told.insert(add.uid.clone(), outcome);
+                self.told.insert(add.uid.clone(), Told { outcome, stamp });
             }
             // A proxy that cannot release it has nothing to release: it is not asked a second time.
-            Payload::Del(del) => {
-                self.told.remove(&del.uid);
-                self.stamps.remove(&del.uid);
-            }
+            Payload::Del(del) => drop(self.told.remove(&del.uid)),
             Payload::SnapshotSent(_) => self.snapshot_sent = true,
             // It may never have heard of it, which is as good.
             Payload::Keep(keep) => drop(self.kept.insert(keep.uid.clone())),
@@ -142,20 +146,20 @@ impl Announcer {
 
     /// When there is something to ask again.
     pub(crate) fn next_retry(&self) -> Option<Instant> {
-        let retry = |o: &Outcome| match o {
+        let retry = |told: &Told| match told.outcome {
             Outcome::Enrolled => None,
-            Outcome::Refused { retry_at, .. } => Some(*retry_at),
+            Outcome::Refused { retry_at, .. } => Some(retry_at),
         };
         self.told.values().filter_map(retry).min()
     }
 
     /// Answers by UID.
-    pub(crate) fn outcomes(&self) -> &BTreeMap<String, Outcome> {
+    pub(crate) fn answers(&self) -> &BTreeMap<String, Told> {
         &self.told
     }
 
     fn refused(&self, uid: &str, why: &str, now: Instant) -> Outcome {
-        let pause = match self.told.get(uid) {
+        let pause = match self.told.get(uid).map(|told| &told.outcome) {
             Some(Outcome::Refused { pause, .. }) => (*pause * 2).min(RETRY_MAX),
             Some(Outcome::Enrolled) | None => RETRY_FIRST,
         };

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::announce::{Desired, Outcome};
+use crate::announce::{Desired, Netns, Outcome, Told};
 
 /// The one cell that the threads of a node share.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ struct Connection {
     waker: UnixStream,
     /// Last change of which it has heard everything.
     told_generation: u64,
-    outcomes: BTreeMap<String, Outcome>,
+    answers: BTreeMap<String, Told>,
 }
 
 impl Board {
@@ -60,7 +60,15 @@ impl Board {
     pub fn outcome(&self, uid: &str) -> Option<Option<Outcome>> {
         // Ids grow.
         let inner = self.lock();
-        inner.connections.values().next_back().map(|newest| newest.outcomes.get(uid).cloned())
+        inner.connections.values().next_back().map(|newest| newest.answers.get(uid).map(|told| told.outcome.clone()))
+    }
+
+    /// As [`Board::outcome`], for what was said of that network namespace: an answer for one before it does not count.
+    pub(crate) fn outcome_in(&self, uid: &str, netns: &Netns) -> Option<Option<Outcome>> {
+        let inner = self.lock();
+        let newest = inner.connections.values().next_back()?;
+        let told = newest.answers.get(uid).filter(|told| told.stamp == netns.stamp());
+        Some(told.map(|told| told.outcome.clone()))
     }
 
     /// Waits until every connected proxy has heard of everything, or until that time.
@@ -84,14 +92,14 @@ impl Board {
         let mut inner = self.lock();
         let id = inner.next_connection;
         inner.next_connection += 1;
-        inner.connections.insert(id, Connection { waker, told_generation: 0, outcomes: BTreeMap::new() });
+        inner.connections.insert(id, Connection { waker, told_generation: 0, answers: BTreeMap::new() });
         id
     }
 
-    pub(crate) fn report(&self, id: u64, generation: Option<u64>, outcomes: &BTreeMap<String, Outcome>) {
+    pub(crate) fn report(&self, id: u64, generation: Option<u64>, answers: &BTreeMap<String, Told>) {
         if let Some(connection) = self.lock().connections.get_mut(&id) {
             connection.told_generation = generation.unwrap_or(connection.told_generation);
-            connection.outcomes.clone_from(outcomes);
+            connection.answers.clone_from(answers);
         }
         self.told.notify_all();
     }

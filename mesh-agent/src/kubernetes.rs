@@ -1,12 +1,14 @@
 //! The agent of a Kubernetes node: follows the node's pods and tells its node proxies which of them to serve.
 
+mod cni;
+mod known;
 pub mod netns;
 pub mod pods;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -16,12 +18,14 @@ use kube::api::Api;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, Resource, ResourceExt};
 use mesh_api::k8s::{Item, from_api_server};
+use mesh_cni::config::PluginConfig;
 use mesh_core::config::Object;
 use mesh_core::config::objects::{Namespace, Pod};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use self::known::Known;
 use self::pods::Pods;
-use crate::{Board, proxy};
+use crate::{Board, conflist, proxy};
 
 /// Quiet time after which a burst of changes counts as finished.
 const QUIET: Duration = Duration::from_millis(10);
@@ -41,6 +45,19 @@ pub struct Options {
     pub node: String,
     /// Unix socket that node proxies connect to.
     pub socket: PathBuf,
+    /// None: pods do not wait for the mesh when they start.
+    pub cni: Option<CniOptions>,
+}
+
+/// Where the CNI plugin and its configuration go.
+#[derive(Debug, Clone)]
+pub struct CniOptions {
+    /// The runtime's directory of configurations.
+    pub conf_dir: PathBuf,
+    /// The runtime's directory of plugins; none: the plugin is there already.
+    pub bin_dir: Option<PathBuf>,
+    /// What the configuration tells the plugin: paths are the same for the agent and on the node.
+    pub plugin: PluginConfig,
 }
 
 /// What the watches have said.
@@ -108,11 +125,16 @@ async fn serve(client: Client, options: Options) -> Result<()> {
     let seen = stream::select(
         watcher(Api::<v1::Pod>::all(client.clone()), on_node)
             .map(|e| e.map_or_else(Seen::Failed, |event| Seen::Pod(Box::new(event)))),
-        watcher(Api::<v1::Namespace>::all(client), watcher::Config::default())
+        watcher(Api::<v1::Namespace>::all(client.clone()), watcher::Config::default())
             .map(|e| e.map_or_else(Seen::Failed, |event| Seen::Namespace(Box::new(event)))),
     );
     let mut seen = pin!(seen);
-    let (mut heard, mut pods, board) = (Heard::default(), Pods::default(), Arc::new(Board::default()));
+    let (mut heard, pods, board) =
+        (Heard::default(), Arc::new(Mutex::new(Pods::default())), Arc::new(Board::default()));
+    let mut known = match &options.cni {
+        Some(cni) => Some(serve_plugin(cni, client, (&pods, &board))?),
+        None => None,
+    };
     let mut listening = false;
     let mut pause = LOOK_FIRST;
     let mut look_at = Instant::now() + LOOK_ANYWAY;
@@ -133,18 +155,14 @@ async fn serve(client: Client, options: Options) -> Result<()> {
             // What is not known yet would be taken for gone.
             continue;
         }
-        pods.set_namespaces(heard.namespaces.items.values().cloned());
-        pods.set_pods(heard.pods.items.values().cloned().collect());
-        let members = pods.members();
-        match tokio::task::spawn_blocking(move || netns::find(&members)).await.context("look for namespaces")? {
-            Ok(found) => pods.found(found),
-            Err(error) => {
-                tracing::error!(%error, "network namespaces of pods are not found (is this the node's /proc?)");
-            }
-        }
-        look_at = Instant::now() + if pods.homeless().is_empty() { LOOK_ANYWAY } else { pause };
+        let is_settled = look(&heard, &pods, &board).await?;
+        look_at = Instant::now() + if is_settled { LOOK_ANYWAY } else { pause };
         pause = (pause * 2).min(LOOK_MAX);
-        board.post(pods.desired());
+        if let Some(known) = &mut known {
+            let pods = cni::lock(&pods);
+            known.update(&pods);
+            known.report_unasked(&pods);
+        }
         if !std::mem::replace(&mut listening, true) {
             let listener = proxy::listen(&options.socket)?;
             let (board, node) = (Arc::clone(&board), options.node.clone());
@@ -153,6 +171,38 @@ async fn serve(client: Client, options: Options) -> Result<()> {
             tracing::info!(node = options.node, socket = %options.socket.display(), "ready");
         }
     }
+}
+
+/// Takes in what was heard, looks for network namespaces, and posts what should be served; whether all of them are known.
+async fn look(heard: &Heard, pods: &Mutex<Pods>, board: &Board) -> Result<bool> {
+    let members = {
+        let mut pods = cni::lock(pods);
+        pods.set_namespaces(heard.namespaces.items.values().cloned());
+        pods.set_pods(heard.pods.items.values().cloned().collect(), std::time::Instant::now());
+        pods.members()
+    };
+    let found = tokio::task::spawn_blocking(move || netns::find(&members)).await.context("look for namespaces")?;
+    // Whoever posts holds the lock: what is posted later knows more.
+    let mut pods = cni::lock(pods);
+    match found {
+        Ok(found) => pods.found(found),
+        Err(error) => tracing::error!(%error, "network namespaces of pods are not found (is this the node's /proc?)"),
+    }
+    board.post(pods.desired());
+    Ok(pods.homeless().is_empty())
+}
+
+/// Answers the CNI plugin from now on, and only then makes runtimes start it.
+fn serve_plugin(cni: &CniOptions, client: Client, (pods, board): (&Arc<Mutex<Pods>>, &Arc<Board>)) -> Result<Known> {
+    let desk = cni::Desk::new(client, Arc::clone(pods), Arc::clone(board));
+    tokio::spawn(cni::serve(cni::listen(&cni.plugin.agent_socket)?, Arc::new(desk)));
+    if let Some(bin_dir) = &cni.bin_dir {
+        conflist::install_plugin(bin_dir).context("install the CNI plugin")?;
+    }
+    let (dir, plugin) = (cni.conf_dir.clone(), cni.plugin.clone());
+    let thread = std::thread::Builder::new().name("conflist".into());
+    thread.spawn(move || conflist::keep_for_ever(&dir, &plugin)).context("start a thread")?;
+    Ok(Known::read(cni.plugin.state_dir.clone()))
 }
 
 async fn hear(heard: &mut Heard, seen: Seen) {

@@ -6,10 +6,14 @@
 //! the sandbox's record (in mesh-ctl) ----------------------+
 //! ```
 //!
+//! A pod that starts is told of by the CNI plugin (`mesh-cni`) too, which waits for the proxy's answer; `conflist` makes runtimes
+//! start that plugin.
+//!
 //! Not here: what enrolment does (`mesh-node`), and what a pod's labels mean (`mesh-core`).
 
 mod announce;
 mod board;
+pub mod conflist;
 pub mod kubernetes;
 mod proxy;
 

@@ -101,9 +101,9 @@ fn announce(proxy: &OwnedFd, wake: &UnixStream, (node, id): (&str, u64), board: 
             let error = exchange(proxy, &request, &desired)?;
             tracing::info!("{node}: {} {}", words(&request), if error.is_empty() { "done" } else { &error });
             announcer.answered(&request, &desired, &error, Instant::now());
-            board.report(id, None, announcer.outcomes());
+            board.report(id, None, announcer.answers());
         }
-        board.report(id, Some(generation), announcer.outcomes());
+        board.report(id, Some(generation), announcer.answers());
         if !wait(proxy, wake, announcer.next_retry())? {
             return Ok(());
         }

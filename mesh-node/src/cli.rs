@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
+use mesh_agent::conflist::{self, PluginConfig};
+use mesh_agent::kubernetes::CniOptions;
 
-use crate::config::{AgentArgs, CleanupArgs, Cli, Command, Config};
+use crate::config::{AgentArgs, CleanupArgs, Cli, CniArgs, Command, Config};
 use crate::{app, capture, check, logging, supervisor};
 
 /// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
@@ -51,7 +53,20 @@ fn run(config: Config) -> anyhow::Result<ExitCode> {
 
 fn agent(args: AgentArgs) -> anyhow::Result<ExitCode> {
     logging::init(args.log_format);
-    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node: args.node, socket: args.agent_socket })?;
+    let CniArgs { cni_conf_dir, cni_bin_dir, cni_socket, cni_state_dir } = args.cni;
+    if args.uninstall {
+        let conf_dir = cni_conf_dir.context("--cni-conf-dir is not given")?;
+        conflist::uninstall(&conf_dir, cni_bin_dir.as_deref(), &cni_state_dir)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let cni = cni_conf_dir.map(|conf_dir| CniOptions {
+        conf_dir,
+        bin_dir: cni_bin_dir,
+        plugin: PluginConfig { agent_socket: cni_socket, state_dir: cni_state_dir, ..PluginConfig::default() },
+    });
+    let node = args.node.context("--node is not given")?;
+    let socket = args.agent_socket.context("--agent-socket is not given")?;
+    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node, socket, cni })?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -47,14 +47,37 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct AgentArgs {
     /// Name of this node
-    #[arg(long, env = "MESH_NODE", value_name = "NAME", value_parser = parse_name)]
-    pub node: String,
+    #[arg(long, env = "MESH_NODE", value_name = "NAME", value_parser = parse_name, required_unless_present = "uninstall")]
+    pub node: Option<String>,
     /// Unix socket that the node proxy connects to
-    #[arg(long, env = "MESH_AGENT_SOCKET", value_name = "PATH")]
-    pub agent_socket: PathBuf,
+    #[arg(long, env = "MESH_AGENT_SOCKET", value_name = "PATH", required_unless_present = "uninstall")]
+    pub agent_socket: Option<PathBuf>,
+    /// Pods that wait for the mesh when they start
+    #[command(flatten)]
+    pub cni: CniArgs,
+    /// Remove the CNI configuration, plugin and state of this node, and end
+    #[arg(long, requires = "cni_conf_dir")]
+    pub uninstall: bool,
     /// Form of the log on stderr; RUST_LOG selects what is logged
     #[arg(long, env = "MESH_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// Flags of `agent` that make pods wait when they start. Paths are the same here and on the node.
+#[derive(Debug, Args)]
+pub struct CniArgs {
+    /// The container runtime's directory of CNI configurations; without it pods start before the mesh serves them
+    #[arg(long, env = "MESH_CNI_CONF_DIR", value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The container runtime's directory of CNI plugins: `mesh-cni`, which lies beside this program, is copied there
+    #[arg(long, env = "MESH_CNI_BIN_DIR", value_name = "DIR", requires = "cni_conf_dir")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// Unix socket that the CNI plugin connects to
+    #[arg(long, env = "MESH_CNI_SOCKET", default_value = "/run/mesh/cni.sock", value_name = "PATH")]
+    pub cni_socket: PathBuf,
+    /// Directory of what the CNI plugin knows while the agent is away
+    #[arg(long, env = "MESH_CNI_STATE_DIR", default_value = "/var/lib/mesh/cni", value_name = "DIR")]
+    pub cni_state_dir: PathBuf,
 }
 
 /// Flags of `cleanup`.
@@ -247,6 +270,18 @@ mod tests {
             let flag = argument.get_long().expect("only flags").to_uppercase().replace('-', "_");
             assert_eq!(argument.get_env().and_then(|e| e.to_str()), Some(format!("MESH_{flag}").as_str()));
         }
+    }
+
+    #[test]
+    fn an_agent_needs_a_name_and_a_socket_and_its_uninstallation_needs_neither() {
+        let is_fine =
+            |flags: &str| Cli::try_parse_from(["mesh-node", "agent"].into_iter().chain(flags.split(' '))).is_ok();
+        assert!(is_fine("--node a --agent-socket /s"));
+        assert!(is_fine("--node a --agent-socket /s --cni-conf-dir /c --cni-bin-dir /b"));
+        assert!(is_fine("--uninstall --cni-conf-dir /c"));
+        assert!(!is_fine("--node a"));
+        assert!(!is_fine("--uninstall"));
+        assert!(!is_fine("--node a --agent-socket /s --cni-bin-dir /b"));
     }
 
     #[test]
