@@ -304,6 +304,8 @@ async fn converse(mut stream: UnixStream, desk: &Desk) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use mesh_core::config::objects::{Meta, Namespace};
+
     use super::*;
 
     #[test]
@@ -339,5 +341,56 @@ mod tests {
         for path in ["/etc/passwd", "/proc/1/ns/net", "/does/not/exist", ""] {
             assert!(open_netns(path).is_err(), "{path}");
         }
+    }
+
+    /// One line to an agent with a namespace in the mesh, one outside, and no API server; and its answer.
+    async fn said(path: &Path, line: &str) -> String {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        stream.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).await.unwrap();
+        answer.trim_end().to_owned()
+    }
+
+    #[tokio::test]
+    async fn a_plugin_is_answered_at_the_socket() {
+        let dir = std::env::temp_dir().join(format!("mesh-agent-cni-{}", std::process::id()));
+        let path = dir.join("cni.sock");
+        let pods = Arc::new(Mutex::new(Pods::default()));
+        let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
+        let desk = Arc::new(Desk::new(client, Arc::clone(&pods), Arc::default()));
+        let serving = tokio::spawn(serve(listen(&path).unwrap(), Arc::clone(&desk)));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let add = |namespace: &str| {
+            format!(
+                r#"{{"command":"add","namespace":"{namespace}","pod":"web","uid":"{namespace}-1","container":"c","netns":"/no"}}"#
+            )
+        };
+        let early = said(&path, &add("shop")).await;
+        assert!(early.starts_with(r#"{"answer":"wait","reason":"the agent has not heard"#), "{early}");
+        let pod = |namespace: &str| {
+            let meta = Meta { namespace: namespace.into(), name: "web".into(), ..Meta::default() };
+            (format!("{namespace}-1"), Pod { meta, ..Pod::default() })
+        };
+        let namespace = |name: &str, mode: &str| {
+            let labels = [("istio.io/dataplane-mode".into(), mode.into())].into();
+            Namespace { meta: Meta { name: name.into(), labels, ..Meta::default() } }
+        };
+        {
+            let mut pods = lock(&pods);
+            pods.set_namespaces([namespace("shop", "ambient"), namespace("batch", "none")]);
+            pods.set_pods([pod("shop"), pod("batch")].into(), std::time::Instant::now());
+        }
+        assert_eq!(said(&path, &add("batch")).await, r#"{"answer":"proceed"}"#);
+        let member = said(&path, &add("shop")).await;
+        assert!(member.starts_with(r#"{"answer":"refused","reason":"its network namespace /no: "#), "{member}");
+        assert_eq!(said(&path, &add("shop").replace("add", "del")).await, r#"{"answer":"proceed"}"#);
+        for garbage in ["", "{}", "[1]", &"x".repeat(20_000)] {
+            let answer = said(&path, garbage).await;
+            assert!(answer.starts_with(r#"{"answer":"refused","reason":"the agent does not understand"#), "{answer}");
+        }
+        assert_eq!(desk.malformed.lock().unwrap().count, 4);
+        serving.abort();
+        fs::remove_dir_all(dir).unwrap();
     }
 }
