@@ -194,7 +194,7 @@ async fn look(heard: &Heard, pods: &Mutex<Pods>, board: &Board) -> Result<bool> 
 
 /// Answers the CNI plugin from now on, and only then makes runtimes start it.
 fn serve_plugin(cni: &CniOptions, client: Client, (pods, board): (&Arc<Mutex<Pods>>, &Arc<Board>)) -> Result<Known> {
-    let desk = cni::Desk::new(client, Arc::clone(pods), Arc::clone(board));
+    let desk = cni::Desk::new(client, Arc::clone(pods), Arc::clone(board), cni::host_netns()?);
     tokio::spawn(cni::serve(cni::listen(&cni.plugin.agent_socket)?, Arc::new(desk)));
     if let Some(bin_dir) = &cni.bin_dir {
         conflist::install_plugin(bin_dir).context("install the CNI plugin")?;

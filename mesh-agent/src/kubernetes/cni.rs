@@ -45,6 +45,8 @@ pub(super) struct Desk {
     client: Client,
     pods: Arc<Mutex<Pods>>,
     board: Arc<Board>,
+    /// Number of the host's network namespace: whoever names it is no pod.
+    host: u64,
     malformed: Mutex<Malformed>,
 }
 
@@ -61,8 +63,8 @@ struct Found {
 }
 
 impl Desk {
-    pub(super) fn new(client: Client, pods: Arc<Mutex<Pods>>, board: Arc<Board>) -> Self {
-        Self { client, pods, board, malformed: Mutex::default() }
+    pub(super) fn new(client: Client, pods: Arc<Mutex<Pods>>, board: Arc<Board>, host: u64) -> Self {
+        Self { client, pods, board, host, malformed: Mutex::default() }
     }
 
     async fn answer(&self, request: Request) -> Answer {
@@ -93,7 +95,7 @@ impl Desk {
         if !self.pods().is_member(&found.pod) {
             return Answer::Proceed;
         }
-        let netns = match open_netns(&request.netns) {
+        let netns = match open_netns(&request.netns, self.host) {
             Ok(file) => Arc::new(file),
             Err(error) => {
                 return Answer::Refused { reason: format!("its network namespace {}: {error}", request.netns) };
@@ -229,10 +231,14 @@ fn left(deadline: Instant) -> Option<Duration> {
     deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
 }
 
+/// Number of the host's network namespace.
+pub(super) fn host_netns() -> Result<u64> {
+    Ok(fs::metadata("/proc/1/ns/net").context("the host's network namespace (is this the node's /proc?)")?.ino())
+}
+
 /// The namespace at a path of the node: as this process sees it, or else as process 1 does.
-fn open_netns(path: &str) -> io::Result<File> {
+fn open_netns(path: &str, host: u64) -> io::Result<File> {
     let on_node = PathBuf::from(format!("/proc/1/root/{path}"));
-    let host = fs::metadata("/proc/1/ns/net")?.ino();
     let open = |path: &Path| -> io::Result<File> {
         let file = File::open(path)?;
         let is_namespace = fstatfs(&file)?.filesystem_type() == NSFS_MAGIC;
@@ -307,6 +313,7 @@ mod tests {
     use mesh_core::config::objects::{Meta, Namespace};
 
     use super::*;
+    use crate::announce::Told;
 
     #[test]
     fn a_member_starts_when_the_newest_proxy_serves_it() {
@@ -338,9 +345,11 @@ mod tests {
 
     #[test]
     fn only_a_network_namespace_that_is_not_the_hosts_is_taken() {
-        for path in ["/etc/passwd", "/proc/1/ns/net", "/does/not/exist", ""] {
-            assert!(open_netns(path).is_err(), "{path}");
+        let host = fs::metadata("/proc/self/ns/net").unwrap().ino();
+        for path in ["/etc/passwd", "/proc/self/ns/net", "/does/not/exist", ""] {
+            assert!(open_netns(path, host).is_err(), "{path}");
         }
+        assert!(open_netns("/proc/self/ns/net", 0).is_ok());
     }
 
     /// One line to an agent with a namespace in the mesh, one outside, and no API server; and its answer.
@@ -358,7 +367,9 @@ mod tests {
         let path = dir.join("cni.sock");
         let pods = Arc::new(Mutex::new(Pods::default()));
         let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
-        let desk = Arc::new(Desk::new(client, Arc::clone(&pods), Arc::default()));
+        let board = Arc::new(Board::default());
+        // No namespace is the host's, so this process's own stands for a pod's.
+        let desk = Arc::new(Desk::new(client, Arc::clone(&pods), Arc::clone(&board), 0));
         let serving = tokio::spawn(serve(listen(&path).unwrap(), Arc::clone(&desk)));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let add = |namespace: &str| {
@@ -384,6 +395,25 @@ mod tests {
         assert_eq!(said(&path, &add("batch")).await, r#"{"answer":"proceed"}"#);
         let member = said(&path, &add("shop")).await;
         assert!(member.starts_with(r#"{"answer":"refused","reason":"its network namespace /no: "#), "{member}");
+        let (waker, _proxy) = std::os::unix::net::UnixStream::pair().unwrap();
+        let proxy = board.connected(waker);
+        let (posted, in_netns) = (Arc::clone(&board), add("shop").replace("/no", "/proc/self/ns/net"));
+        let answering = async {
+            while posted.desired().get("shop-1").is_none_or(|enrol| matches!(enrol.netns, Netns::Unknown)) {
+                tokio::task::yield_now().await;
+            }
+            let stamp = fs::metadata("/proc/self/ns/net").unwrap().ino();
+            let enrolled = |stamp| [("shop-1".to_owned(), Told { outcome: Outcome::Enrolled, stamp })].into();
+            posted.report(proxy, None, &enrolled(stamp + 1));
+            sleep(LOOK_EVERY * 3).await;
+            assert_eq!(posted.outcome("shop-1"), Some(Some(Outcome::Enrolled)), "of the sandbox before this one");
+            posted.report(proxy, None, &enrolled(stamp));
+            Instant::now()
+        };
+        let served = async { (said(&path, &in_netns).await, Instant::now()) };
+        let (answered, (answer, at)) = tokio::join!(answering, served);
+        assert_eq!(answer, r#"{"answer":"proceed"}"#);
+        assert!(at > answered, "it waited for the answer for its own namespace");
         assert_eq!(said(&path, &add("shop").replace("add", "del")).await, r#"{"answer":"proceed"}"#);
         for garbage in ["", "{}", "[1]", &"x".repeat(20_000)] {
             let answer = said(&path, garbage).await;
