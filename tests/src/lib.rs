@@ -13,6 +13,7 @@ pub mod cluster_bed;
 pub mod ends;
 pub mod greeter;
 pub mod hostile;
+pub mod kubernetes_bed;
 
 pub mod link;
 

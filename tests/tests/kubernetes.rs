@@ -1,12 +1,8 @@
 //! The mesh on a real cluster, installed by its chart: pods enter it and leave it by a label, and policies hold.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::path::{Path, PathBuf};
-
 use anyhow::ensure;
-use mesh_ctl::sandbox::binaries_beside;
-use mesh_tests::cluster::{Cluster, Dns, Image};
-use mesh_tests::cluster_bed::ClusterBed;
+use mesh_tests::kubernetes_bed::KubernetesBed;
 
 /// A client and a server on two nodes, and a client outside the mesh.
 const PODS: &str = r#"
@@ -63,69 +59,24 @@ metadata: {name: nobody, namespace: shop}
 spec: {}
 ";
 
-const NODE: &str = "daemonset/mesh-node";
-
-fn tree() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
-
-fn install(cluster: &Cluster) {
-    for program in ["mesh-controller", "mesh-node"] {
-        let (inside, path) = (format!("bin/{program}"), binaries_beside().unwrap().join(program));
-        let image = Image::new(&format!("localhost/{program}:dev")).program(&inside, &path).unwrap();
-        cluster.load(&image).unwrap();
-    }
-    let crds = tree().join("crds");
-    cluster.kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()]).unwrap();
-    let chart = tree().join("deploy/helm/mesh");
-    let arguments = ["install", "mesh", chart.to_str().unwrap(), "--namespace=istio-system", "--create-namespace"];
-    cluster.helm(&arguments).unwrap();
-    for workload in ["deployment/mesh-controller", NODE] {
-        let rolled_out = cluster.kubectl(&["-n", "istio-system", "rollout", "status", workload, "--timeout=60s"]);
-        rolled_out.unwrap_or_else(|error| panic!("{error:#}\n{}", logs(cluster)));
-    }
-}
-
-/// What the mesh's parts have logged last.
-fn logs(cluster: &Cluster) -> String {
-    let of = |selector: &str| {
-        let arguments = ["-n", "istio-system", "logs", "-l", selector, "--all-containers", "--prefix", "--tail=40"];
-        cluster.kubectl(&arguments).unwrap_or_else(|error| error.to_string())
-    };
-    format!("{}\n{}\n{}", cluster.report(), of("app=mesh-controller"), of("app=mesh-node"))
-}
-
-fn asks(cluster: &Cluster, pod: &str, namespace: &str) -> anyhow::Result<String> {
+fn asks(bed: &KubernetesBed, pod: &str, namespace: &str) -> anyhow::Result<String> {
     let url = "http://web.shop.svc.cluster.local/name";
-    cluster.kubectl(&["-n", namespace, "exec", pod, "--", "timeout", "5", "wget", "-q", "-O", "-", url])
+    bed.exec(namespace, pod, &["timeout", "5", "wget", "-q", "-O", "-", url])
 }
 
 /// Asks until the answer comes, or until there is none any more.
-fn until_answered(cluster: &Cluster, pod: &str, namespace: &str, wanted: bool) {
-    let asked = cluster.until(&format!("{namespace}/{pod} is answered: {wanted}"), || {
-        let answer = asks(cluster, pod, namespace);
+fn until_answered(bed: &KubernetesBed, pod: &str, namespace: &str, wanted: bool) {
+    let asked = bed.cluster().until(&format!("{namespace}/{pod} is answered: {wanted}"), || {
+        let answer = asks(bed, pod, namespace);
         ensure!(answer.as_ref().is_ok_and(|said| said.trim() == "web") == wanted, "it got {answer:?}");
         Ok(Some(()))
     });
-    asked.unwrap_or_else(|error| panic!("{error:#}\n{}", logs(cluster)));
+    asked.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
 }
 
 /// The newest inbound record of the server's node.
-fn last_record(cluster: &Cluster) -> String {
-    let pod = cluster
-        .kubectl(&[
-            "-n",
-            "istio-system",
-            "get",
-            "pod",
-            "-l",
-            "app=mesh-node",
-            "--field-selector=spec.nodeName=n2",
-            "-o",
-            "jsonpath={.items[0].metadata.name}",
-        ])
-        .unwrap();
-    let log = cluster.kubectl(&["-n", "istio-system", "logs", pod.trim(), "-c", "proxy"]).unwrap();
+fn last_record(bed: &KubernetesBed) -> String {
+    let log = bed.proxy_log("n2").unwrap();
     let inbound =
         log.lines().rfind(|line| line.contains("connection complete") && line.contains("direction=\"inbound\""));
     inbound.unwrap_or_default().to_owned()
@@ -133,46 +84,44 @@ fn last_record(cluster: &Cluster) -> String {
 
 #[test]
 fn a_label_takes_running_pods_into_the_mesh_and_out_of_it_and_policies_hold() {
-    let bed = ClusterBed::up(2, Dns::CoreDns);
-    let cluster = &bed.cluster;
-    cluster.apply(PODS).unwrap();
-    install(cluster);
+    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(PODS).unwrap()));
+    let cluster = bed.cluster();
     cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
     cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
-    until_answered(cluster, "client", "shop", true);
-    assert_eq!(last_record(cluster), "", "nobody is in the mesh");
+    until_answered(bed, "client", "shop", true);
+    assert_eq!(last_record(bed), "", "nobody is in the mesh");
 
     cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
     let enrolled = cluster.until("client and server speak mutual TLS", || {
-        asks(cluster, "client", "shop")?;
-        let record = last_record(cluster);
+        asks(bed, "client", "shop")?;
+        let record = last_record(bed);
         let is_mutual = record.contains(r#"src.identity="spiffe://cluster.local/ns/shop/sa/default""#)
             && record.contains(r#"dst.identity="spiffe://cluster.local/ns/shop/sa/default""#)
             && record.contains(":15008");
         ensure!(is_mutual, "the last record is `{record}`");
         Ok(Some(()))
     });
-    enrolled.unwrap_or_else(|error| panic!("{error:#}\n{}", logs(cluster)));
+    enrolled.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
     // Permissive: others get in, in clear and as nobody.
-    until_answered(cluster, "stranger", "default", true);
+    until_answered(bed, "stranger", "default", true);
 
     cluster.apply(STRICT).unwrap();
-    until_answered(cluster, "stranger", "default", false);
-    until_answered(cluster, "client", "shop", true);
+    until_answered(bed, "stranger", "default", false);
+    until_answered(bed, "client", "shop", true);
 
     cluster.apply(NOBODY).unwrap();
-    until_answered(cluster, "client", "shop", false);
+    until_answered(bed, "client", "shop", false);
     cluster.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "nobody"]).unwrap();
-    until_answered(cluster, "client", "shop", true);
+    until_answered(bed, "client", "shop", true);
 
     // Decisions and connections need no controller.
     cluster.kubectl(&["-n", "istio-system", "scale", "deployment/mesh-controller", "--replicas=0"]).unwrap();
     cluster.kubectl(&["-n", "istio-system", "wait", "--for=delete", "pod", "-l", "app=mesh-controller"]).unwrap();
-    until_answered(cluster, "client", "shop", true);
-    until_answered(cluster, "stranger", "default", false);
+    until_answered(bed, "client", "shop", true);
+    until_answered(bed, "stranger", "default", false);
     cluster.kubectl(&["-n", "istio-system", "scale", "deployment/mesh-controller", "--replicas=1"]).unwrap();
 
     cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode-"]).unwrap();
-    until_answered(cluster, "stranger", "default", true);
-    until_answered(cluster, "client", "shop", true);
+    until_answered(bed, "stranger", "default", true);
+    until_answered(bed, "client", "shop", true);
 }

@@ -13,6 +13,7 @@ use kube::Client;
 use kube::api::Api;
 use mesh_cni::wire::{Answer, Command, MAX_LINE, Request};
 use mesh_core::config::objects::Pod;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -238,16 +239,21 @@ pub(super) fn host_netns() -> Result<u64> {
 
 /// The namespace at a path of the node: as this process sees it, or else as process 1 does.
 fn open_netns(path: &str, host: u64) -> io::Result<File> {
-    let on_node = PathBuf::from(format!("/proc/1/root/{path}"));
-    let open = |path: &Path| -> io::Result<File> {
-        let file = File::open(path)?;
+    let own = |file: File| -> io::Result<File> {
         let is_namespace = fstatfs(&file)?.filesystem_type() == NSFS_MAGIC;
         if !is_namespace || file.metadata()?.ino() == host {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no network namespace of a pod"));
         }
         Ok(file)
     };
-    open(Path::new(path)).or_else(|error| open(&on_node).map_err(|_| error))
+    let on_node = || open_in_root(Path::new("/proc/1/root"), path).and_then(own);
+    File::open(path).and_then(own).or_else(|error| on_node().map_err(|_| error))
+}
+
+/// Opens a path below a root, where absolute symbolic links (`/var/run`) begin at that root too.
+fn open_in_root(root: &Path, path: &str) -> io::Result<File> {
+    let how = OpenHow::new().flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    Ok(openat2(File::open(root)?, path, how)?.into())
 }
 
 /// Listens there, for root alone, in place of an agent that was there before.
@@ -350,6 +356,19 @@ mod tests {
             assert!(open_netns(path, host).is_err(), "{path}");
         }
         assert!(open_netns("/proc/self/ns/net", 0).is_ok());
+    }
+
+    #[test]
+    fn links_of_the_node_lead_to_what_is_on_the_node() {
+        let root = std::env::temp_dir().join(format!("mesh-agent-root-{}", std::process::id()));
+        fs::create_dir_all(root.join("run/netns")).unwrap();
+        fs::create_dir_all(root.join("var")).unwrap();
+        std::os::unix::fs::symlink("/run", root.join("var/run")).unwrap();
+        fs::write(root.join("run/netns/cni-1"), "its").unwrap();
+        let opened = open_in_root(&root, "/var/run/netns/cni-1").unwrap();
+        assert_eq!(io::read_to_string(opened).unwrap(), "its");
+        assert!(open_in_root(&root, "/var/run/netns/cni-2").is_err());
+        fs::remove_dir_all(root).unwrap();
     }
 
     /// One line to an agent with a namespace in the mesh, one outside, and no API server; and its answer.

@@ -189,15 +189,18 @@ pub fn application(bed: &Bed, netns: &Netns, group: Group, addresses: &[SocketAd
 /// What a server closes at, instead of echoing it.
 const CLOSE_WORD: &[u8] = b"close\n";
 
-/// Asks the other end to close and waits until it did.
+/// Asks the other end to close first, closes too, and waits until this end's port is free for another connection.
 pub fn ask_to_close(stream: &mut TcpStream) -> io::Result<()> {
     use std::io::Read as _;
     stream.write_all(CLOSE_WORD)?;
     stream.set_read_timeout(Some(super::PATIENCE))?;
-    match stream.read(&mut [0])? {
-        0 => Ok(()),
-        _ => Err(io::Error::other("the other end sent more")),
+    if stream.read(&mut [0])? != 0 {
+        return Err(io::Error::other("the other end sent more"));
     }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    // A socket without a connection has no peer: the last acknowledgement has come.
+    super::eventually("the other end acknowledges the end", || stream.peer_addr().is_err());
+    Ok(())
 }
 
 /// Closes with a reset.
