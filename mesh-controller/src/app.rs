@@ -32,7 +32,7 @@ use crate::ca::store::SignerSource;
 use crate::control::Control;
 use crate::door::Door;
 use crate::metrics::Metrics;
-use crate::server::{Connection, ServerCertificate, incoming, tls_acceptor};
+use crate::server::{Connection, NODES, ServerCertificate, incoming, tls_acceptor};
 use crate::source::{Changed, Notices};
 use crate::state_dir::{PUBLIC_MODE, StateDir, StateLock, write_atomically};
 use crate::status::{MetricsPages, StatusPages};
@@ -175,7 +175,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         }
         changed = notices.changed().await;
     }
-    let connections = incoming(listener, tls_acceptor(signer.certificate.clone())?, metrics);
+    let connections = incoming(listener, tls_acceptor(signer.certificate.clone(), NODES)?, NODES, metrics);
     tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
     tasks.spawn(async move {
         configure(control, notices).await;

@@ -1,4 +1,4 @@
-//! The gRPC port: our own accept loop and TLS 1.3.
+//! Ports that strangers reach: our own accept loop and TLS 1.3.
 //!
 //! The accept loop belongs to us because a server that stops accepting at the first error of `accept(2)` can be stopped by
 //! anybody who opens enough connections (RUSTSEC-2024-0376). Handshakes run side by side, bounded in number and time.
@@ -30,10 +30,25 @@ use crate::door::unix_now;
 use crate::limit::QuietLog;
 use crate::metrics::Metrics;
 
-/// Connections at once; each node has one or two.
-pub const MAX_CONNECTIONS: usize = 8192;
-/// Connections at once from one address (of IPv6: one /64, which is what a host has), so that one peer cannot take the room
-/// of all: handshakes need no token. Enough for 256 nodes behind one translated address.
+/// A port and its bounds.
+#[derive(Debug, Clone, Copy)]
+pub struct Port {
+    /// The only protocol that is spoken there (ALPN).
+    pub protocol: &'static [u8],
+    /// Connections at once.
+    pub connections: usize,
+    /// Connections at once from one address (of IPv6: one /64, which is what a host has), so that one peer cannot take
+    /// the room of all.
+    pub per_peer: u32,
+}
+
+/// Where nodes are served: HTTP/2, and each node has one or two connections.
+pub const NODES: Port = Port { protocol: b"h2", connections: MAX_CONNECTIONS, per_peer: MAX_PER_PEER };
+
+/// Connections of nodes at once.
+const MAX_CONNECTIONS: usize = 8192;
+/// Connections of nodes at once from one address: handshakes need no token. Enough for 256 nodes behind one translated
+/// address.
 pub const MAX_PER_PEER: u32 = 512;
 /// Handshakes at once.
 const MAX_HANDSHAKES: usize = 2048;
@@ -55,7 +70,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// It has shown a good token: its connection may stay.
+    /// It has shown a good token: its connection may stay beyond the first seconds.
     pub fn introduce(&self) {
         self.introduced.store(true, Ordering::Relaxed);
     }
@@ -85,14 +100,14 @@ impl ResolvesServerCert for ServerCertificate {
     }
 }
 
-/// TLS 1.3 only, h2 only, no client certificates: nodes prove themselves by token.
-pub fn tls_acceptor(certificate: Arc<ServerCertificate>) -> Result<TlsAcceptor, TlsError> {
+/// TLS 1.3 only, one protocol only, no client certificates: nodes prove themselves by token.
+pub fn tls_acceptor(certificate: Arc<ServerCertificate>, port: Port) -> Result<TlsAcceptor, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(certificate);
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![port.protocol.to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
@@ -108,8 +123,11 @@ pub struct Connection {
 }
 
 /// How many connections each address has.
-#[derive(Debug, Clone, Default)]
-struct Peers(Arc<Mutex<BTreeMap<IpAddr, u32>>>);
+#[derive(Debug, Clone)]
+struct Peers {
+    counts: Arc<Mutex<BTreeMap<IpAddr, u32>>>,
+    most: u32,
+}
 
 /// One connection of an address.
 #[derive(Debug)]
@@ -124,9 +142,9 @@ impl Peers {
             IpAddr::V4(v4) => IpAddr::V4(v4),
             IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
         };
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(ip).or_default();
-        if *count >= MAX_PER_PEER {
+        if *count >= self.most {
             return None;
         }
         *count += 1;
@@ -136,7 +154,7 @@ impl Peers {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut counts = self.peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.peers.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = counts.get_mut(&self.ip) {
             *count -= 1;
             if *count == 0 {
@@ -150,6 +168,7 @@ impl Drop for Seat {
 pub fn incoming(
     listener: TcpListener,
     acceptor: TlsAcceptor,
+    port: Port,
     metrics: Arc<Metrics>,
 ) -> impl Stream<Item = io::Result<Connection>> {
     let state = Incoming {
@@ -157,8 +176,8 @@ pub fn incoming(
         acceptor,
         metrics,
         handshakes: FuturesUnordered::new(),
-        room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        peers: Peers::default(),
+        room: Arc::new(Semaphore::new(port.connections)),
+        peers: Peers { counts: Arc::default(), most: port.per_peer },
         backoff: MIN_BACKOFF,
         accept_at: None,
         quiet: Mutex::default(),
