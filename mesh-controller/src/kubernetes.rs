@@ -1,8 +1,10 @@
 //! What the controller has to do with a Kubernetes API server: objects are read there ([`follow`]), node proxies' tokens
-//! are judged there ([`review`]), the signer is kept there ([`signer`]), and its roots are handed out there ([`roots`]).
+//! are judged there ([`review`]), the signer is kept there ([`signer`]), and its roots are handed out there ([`roots`]). What
+//! it asks about objects before it takes them is answered by [`admission`].
 //!
 //! Not here: what objects mean (`mesh_api::k8s`) and what follows from them (`mesh_core::config`).
 
+pub mod admission;
 pub mod follow;
 pub mod review;
 pub mod roots;

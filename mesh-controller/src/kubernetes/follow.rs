@@ -70,8 +70,18 @@ impl Followed {
         ApiResource::from_gvk_with_plural(&kind, self.plural)
     }
 
+    /// Whether it is the kind of this name.
+    pub(super) fn is(self, group: &str, kind: &str) -> bool {
+        self.group == group && self.kind.as_str() == kind
+    }
+
+    /// Whether objects are judged before they are written. Those of kinds that every API server has are its own matter.
+    pub(super) fn is_judged(self) -> bool {
+        self.definition().is_some()
+    }
+
     /// Name of its CustomResourceDefinition; none for a kind that every API server has.
-    fn definition(self) -> Option<String> {
+    pub(super) fn definition(self) -> Option<String> {
         self.group.ends_with(".istio.io").then(|| format!("{}.{}", self.plural, self.group))
     }
 
