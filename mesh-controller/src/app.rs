@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinSet, spawn_blocking};
 use tonic::transport::Server;
 
-pub use self::origin::Origin;
+pub use self::origin::{Asked, Origin};
 use crate::admin::{self, Listener};
 use crate::ads::service::{self as ads, Ads};
 use crate::ca::authority::{Authority, MAX_LEAF_TTL, SignerPem};
@@ -113,7 +113,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts all parts. When it returns, the first configuration is published and the port is open: that waits until it
+/// Starts all parts. When it returns, the first configuration is published and the ports are open: that waits until it
 /// is known what must be in force.
 pub async fn start(options: Options) -> anyhow::Result<Running> {
     let leaf_ttl = time::Duration::try_from(options.leaf_ttl).ok().filter(|ttl| *ttl <= MAX_LEAF_TTL);
@@ -127,8 +127,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let door = Arc::new(Door::new(judge, metrics.clone()));
     let stored = dir.configuration();
     let mut signer = Signer::open(&options, dir, leaf_ttl)?;
-    let listener = TcpListener::bind(options.listen).await;
-    let listener = listener.with_context(|| format!("listen on {} (--listen)", options.listen))?;
+    let listener = listen(options.listen, "--listen").await?;
     let address = listener.local_addr().context("read the listener's address")?;
 
     let control = Control::new(source, Compiler::new(options.settings.clone()), metrics.clone());
@@ -162,19 +161,13 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         ),
     };
 
-    let mut control = blocking(control, |control| control.resume(stored)).await?;
+    let control = blocking(control, |control| control.resume(stored)).await?;
     if let Some(cluster) = &cluster {
         cluster.hand_out(signer.authority.clone(), &mut tasks);
         cluster.complete(&mut notices, control.knows_the_past()).await;
     }
-    let mut changed = Changed::Anything;
-    loop {
-        control = blocking(control, move |control| control.step(&changed)).await?;
-        if control.is_published() {
-            break;
-        }
-        changed = notices.changed().await;
-    }
+    let control = publish_first(control, &mut notices).await?;
+    let judging = signer.judging(options.settings, metrics.clone());
     let connections = incoming(listener, tls_acceptor(signer.certificate.clone(), NODES)?, NODES, metrics);
     tasks.spawn(serve_grpc(services, connections, shutdown.subscribe()));
     tasks.spawn(async move {
@@ -185,9 +178,24 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         signer.keep().await;
         "signer"
     });
+    if let Some(cluster) = &cluster {
+        cluster.answer(judging, &mut tasks).await?;
+    }
     ready.store(true, Ordering::Release);
     tracing::info!(%address, admin = %options.admin_socket.display(), "ready");
     Ok(Running { address, shutdown, tasks, admin_socket: options.admin_socket, _lock: lock })
+}
+
+/// Looks at the source until something may be published, and publishes it.
+async fn publish_first(mut control: Control, notices: &mut Notices) -> anyhow::Result<Control> {
+    let mut changed = Changed::Anything;
+    loop {
+        control = blocking(control, move |control| control.step(&changed)).await?;
+        if control.is_published() {
+            return Ok(control);
+        }
+        changed = notices.changed().await;
+    }
 }
 
 /// The admin socket, and the metrics port if there is to be one.
@@ -206,12 +214,16 @@ async fn serve_pages(
         "admin"
     });
     let Some(address) = options.monitoring else { return Ok(()) };
-    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} (--monitoring)"))?;
+    let listener = listen(address, "--monitoring").await?;
     tasks.spawn(async move {
         admin::serve(Listener::Tcp(listener), Arc::new(MetricsPages { metrics, ready })).await;
         "monitoring"
     });
     Ok(())
+}
+
+async fn listen(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("listen on {address} ({flag})"))
 }
 
 /// What the gRPC port offers.
@@ -333,6 +345,12 @@ impl Signer {
         signer.publish_roots()?;
         signer.renew(now).context("issue the server's own certificate")?;
         Ok(signer)
+    }
+
+    /// What the webhook's server has of it: it shows the certificate that nodes are shown.
+    fn judging(&self, settings: Settings, metrics: Arc<Metrics>) -> origin::Judging {
+        let (authority, certificate) = (self.authority.clone(), self.certificate.clone());
+        origin::Judging { settings, authority, certificate, metrics }
     }
 
     /// Takes up new files and renews the server's certificate, for ever.

@@ -12,7 +12,7 @@ use mesh_api::admin::Problem;
 use mesh_core::config::{Compiler, Delta, HttpFields, Settings, Waypoints};
 use time::OffsetDateTime;
 
-use crate::app::{self, Options, Origin};
+use crate::app::{self, Asked, Options, Origin};
 use crate::ca::store::{RotationStage, SignerSource, rotate};
 use crate::door::unix_now;
 use crate::kubernetes::review::Account;
@@ -58,6 +58,13 @@ struct RunArgs {
     #[arg(long, env = "MESH_NODE_ACCOUNT", default_value = "istio-system/mesh-node", value_name = "NAMESPACE/NAME")]
     #[arg(value_delimiter = ',')]
     node_account: Vec<Account>,
+    /// ValidatingWebhookConfiguration by which the API server asks this controller about objects; its caBundle is kept. Without
+    /// it no port is opened for that
+    #[arg(long, env = "MESH_WEBHOOK", requires = "kubernetes", value_name = "NAME")]
+    webhook: Option<String>,
+    /// Address of the port where the API server asks (HTTPS, /validate)
+    #[arg(long, env = "MESH_WEBHOOK_LISTEN", default_value = "0.0.0.0:15017", value_name = "ADDR")]
+    webhook_listen: SocketAddr,
     /// Directory of keys, certificates and the lock
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR")]
     state_dir: PathBuf,
@@ -206,7 +213,10 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     log_to_stderr(args.log_format);
     let admin_socket = args.admin_socket.unwrap_or_else(|| args.state_dir.join("admin.sock"));
     let origin = match args.kubernetes {
-        true => Origin::Kubernetes { node_accounts: args.node_account },
+        true => Origin::Kubernetes {
+            node_accounts: args.node_account,
+            webhook: args.webhook.map(|configuration| Asked { configuration, listen: args.webhook_listen }),
+        },
         false => Origin::Directories(args.config_dir),
     };
     let options = Options {

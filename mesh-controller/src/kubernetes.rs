@@ -1,14 +1,16 @@
 //! What the controller has to do with a Kubernetes API server: objects are read there ([`follow`]), node proxies' tokens
-//! are judged there ([`review`]), the signer is kept there ([`signer`]), and its roots are handed out there ([`roots`]). What
-//! it asks about objects before it takes them is answered by [`admission`].
+//! are judged there ([`review`]), the signer is kept there ([`signer`]), and its roots are handed out there ([`roots`],
+//! [`bundle`]). It asks about objects before it takes them ([`webhook`], [`admission`]).
 //!
 //! Not here: what objects mean (`mesh_api::k8s`) and what follows from them (`mesh_core::config`).
 
 pub mod admission;
+pub mod bundle;
 pub mod follow;
 pub mod review;
 pub mod roots;
 pub mod signer;
+pub mod webhook;
 
 use std::time::Duration;
 

@@ -23,6 +23,10 @@ pub struct Metrics {
     pub certificates: Counter,
     /// `mesh_refused_total{what}`: tokens, CSRs, handshakes and connections.
     pub refused: Family<RefusalLabel, Counter>,
+    /// `galley_validation_passed_total`: objects that may be written.
+    pub objects_taken: Counter,
+    /// `galley_validation_failed_total`: objects that may not.
+    pub objects_refused: Counter,
     /// `mesh_config_errors`: problems of severity error now.
     pub config_errors: Gauge,
     /// `mesh_config_resources{type}`.
@@ -51,6 +55,8 @@ impl Default for Metrics {
         let connected = Gauge::default();
         let certificates = Counter::default();
         let refused = Family::default();
+        let objects_taken = Counter::default();
+        let objects_refused = Counter::default();
         let config_errors = Gauge::default();
         let resources = Family::default();
         registry.register("pilot_xds_pushes", "Responses sent to node proxies", pushes.clone());
@@ -58,6 +64,8 @@ impl Default for Metrics {
         registry.register("pilot_xds", "Connected node proxies", connected.clone());
         registry.register("citadel_server_success_cert_issuance_count", "Certificates issued", certificates.clone());
         registry.register("mesh_refused", "Refused tokens, requests and connections", refused.clone());
+        registry.register("galley_validation_passed", "Objects that the webhook lets in", objects_taken.clone());
+        registry.register("galley_validation_failed", "Objects that the webhook refuses", objects_refused.clone());
         registry.register(
             "mesh_config_errors",
             "Configuration objects and files that are not applied",
@@ -71,6 +79,8 @@ impl Default for Metrics {
             connected,
             certificates,
             refused,
+            objects_taken,
+            objects_refused,
             config_errors,
             resources,
         }

@@ -103,7 +103,10 @@ fn readiness(ready: &AtomicBool) -> Answer {
     if ready.load(Ordering::Acquire) {
         return Answer::Text("ready\n".into());
     }
-    Answer::Unavailable("the first configuration is not published yet; /problems may say why".into())
+    Answer::Unavailable(
+        "not ready: no configuration is published, or the webhook is not set up; /problems and the log may say why"
+            .into(),
+    )
 }
 
 fn as_json(value: &impl Serialize) -> Answer {

@@ -1,5 +1,6 @@
 //! Opens the place that configuration comes from, and what comes with it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,14 +10,19 @@ use arc_swap::ArcSwap;
 use kube::Client;
 use mesh_core::config::Settings;
 use mesh_core::config::objects::Kind;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::ca::authority::Authority;
 use crate::door::Judge;
+use crate::kubernetes::bundle::Bundle;
 use crate::kubernetes::follow::{self, FOLLOWED, Followed, follow};
 use crate::kubernetes::review::{Account, Reviewer};
 use crate::kubernetes::signer::ClusterSigner;
+use crate::kubernetes::webhook::{ADMISSION, Webhook};
 use crate::kubernetes::{self, roots};
+use crate::metrics::Metrics;
+use crate::server::{ServerCertificate, incoming, tls_acceptor};
 use crate::source::cluster::{Cluster, SharedHeard};
 use crate::source::watch::Watch;
 use crate::source::{Notices, Source};
@@ -25,6 +31,8 @@ use crate::token::TokenKey;
 
 /// A stored configuration is served without the API server after this time.
 const WITHOUT_IT_AFTER: Duration = Duration::from_secs(10);
+/// Nodes are served after this time though the API server has not been told the webhook's roots.
+const ASKED_WITHIN: Duration = Duration::from_secs(20);
 /// How often the log says what is waited for.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
@@ -37,7 +45,18 @@ pub enum Origin {
     Kubernetes {
         /// Service accounts of node proxies.
         node_accounts: Vec<Account>,
+        /// Whether and how the API server asks about objects before it takes them.
+        webhook: Option<Asked>,
     },
+}
+
+/// How the API server asks.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// Name of the ValidatingWebhookConfiguration.
+    pub configuration: String,
+    /// Where it asks.
+    pub listen: SocketAddr,
 }
 
 /// An open origin.
@@ -56,7 +75,7 @@ pub(super) async fn open(
     settings: &Settings,
     tasks: &mut JoinSet<&'static str>,
 ) -> anyhow::Result<Opened> {
-    let node_accounts = match origin {
+    let (node_accounts, webhook) = match origin {
         Origin::Directories(dirs) => {
             return Ok(Opened {
                 source: Source::directories(dirs.clone()),
@@ -65,7 +84,7 @@ pub(super) async fn open(
                 cluster: None,
             });
         }
-        Origin::Kubernetes { node_accounts } => node_accounts,
+        Origin::Kubernetes { node_accounts, webhook } => (node_accounts, webhook),
     };
     let (client, url) = kubernetes::client().await?;
     let signer = ClusterSigner::new(client.clone(), &settings.root_namespace);
@@ -89,7 +108,7 @@ pub(super) async fn open(
         source: Source::Cluster(Cluster::new(url, heard.clone())),
         notices: Notices::Cluster(notices),
         judge: Judge::Cluster(Reviewer::new(client.clone(), node_accounts.clone())),
-        cluster: Some(ClusterSide { client, heard }),
+        cluster: Some(ClusterSide { client, heard, webhook: webhook.clone() }),
     })
 }
 
@@ -97,6 +116,15 @@ pub(super) async fn open(
 pub(super) struct ClusterSide {
     client: Client,
     heard: SharedHeard,
+    webhook: Option<Asked>,
+}
+
+/// What the webhook's server needs beside the cluster.
+pub(super) struct Judging {
+    pub(super) settings: Settings,
+    pub(super) authority: Arc<ArcSwap<Authority>>,
+    pub(super) certificate: Arc<ServerCertificate>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl ClusterSide {
@@ -128,5 +156,31 @@ impl ClusterSide {
             roots::hand_out(client, authority).await;
             "roots"
         });
+    }
+
+    /// Answers the API server's questions about objects, for the life of the process. Returns when it has what it knows us
+    /// by, or after [`ASKED_WITHIN`]: it may be away, and nodes are served without it.
+    pub(super) async fn answer(&self, judging: Judging, tasks: &mut JoinSet<&'static str>) -> anyhow::Result<()> {
+        let Some(Asked { configuration, listen }) = self.webhook.clone() else { return Ok(()) };
+        let listener = super::listen(listen, "--webhook-listen").await?;
+        let Judging { settings, authority, certificate, metrics } = judging;
+        let acceptor = tls_acceptor(certificate, ADMISSION)?;
+        let connections = incoming(listener, acceptor, ADMISSION, metrics.clone());
+        tasks.spawn(async move {
+            Webhook::new(settings, metrics).serve(connections).await;
+            "webhook"
+        });
+        let bundle = Bundle::new(self.client.clone(), configuration, authority);
+        let (settled, mut is_settled) = watch::channel(false);
+        tasks.spawn(async move {
+            bundle.keep(settled).await;
+            "webhook's caBundle"
+        });
+        if tokio::time::timeout(ASKED_WITHIN, is_settled.wait_for(|settled| *settled)).await.is_err() {
+            tracing::error!(
+                "the API server does not know the webhook by its roots: it refuses our kinds until it does"
+            );
+        }
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! An object is read and compiled as one of a configuration directory is, alone: an error there refuses it, a warning
 //! there is shown to its author. What depends on other objects refuses nothing and is not said here, or the order in which
-//! objects are applied would matter; status and the log say it. Not here: who asks and how.
+//! objects are applied would matter; status and the log say it. Not here: who asks and how ([`super::webhook`]).
 
 use mesh_api::admin::Problem;
 use mesh_api::k8s::{Item, from_api_server};
