@@ -147,6 +147,7 @@ fn told(found: &[Problem]) -> Vec<String> {
 mod tests {
     use std::fs;
 
+    use mesh_api::yaml;
     use mesh_core::config::HttpFields;
 
     use super::*;
@@ -338,5 +339,25 @@ mod tests {
         for body in [other.to_string(), unknown.to_string(), String::new(), "null".into(), "{}".into(), nested] {
             assert!(review(body.as_bytes(), &Settings::default()).is_err(), "{}", &body[..body.len().min(200)]);
         }
+    }
+
+    #[test]
+    fn the_chart_asks_about_the_kinds_that_are_judged_and_no_others() {
+        let template = include_str!("../../../deploy/helm/mesh/templates/webhook.yaml");
+        let plain: String =
+            template.lines().filter(|line| !line.contains("{{")).map(|line| format!("{line}\n")).collect();
+        let document = yaml::documents(&plain).remove(0).unwrap();
+        let json = yaml::read::<Value>(&document, yaml::Unknown::Ignored).unwrap();
+        let rules = json["webhooks"][0]["rules"].as_array().unwrap();
+        let asked = rules.iter().flat_map(|rule| {
+            let resources = rule["resources"].as_array().unwrap().iter();
+            resources
+                .map(|resource| format!("{}.{}", resource.as_str().unwrap(), rule["apiGroups"][0].as_str().unwrap()))
+        });
+        let mut asked: Vec<String> = asked.collect();
+        asked.sort();
+        let mut judged: Vec<String> = FOLLOWED.iter().filter_map(|what| what.definition()).collect();
+        judged.sort();
+        assert_eq!(asked, judged);
     }
 }
