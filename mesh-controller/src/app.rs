@@ -163,7 +163,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
 
     let control = blocking(control, |control| control.resume(stored)).await?;
     if let Some(cluster) = &cluster {
-        cluster.hand_out(signer.authority.clone(), &mut tasks);
+        cluster.write(signer.authority.clone(), control.verdicts(), &mut tasks);
         cluster.complete(&mut notices, control.knows_the_past()).await;
     }
     let control = publish_first(control, &mut notices).await?;

@@ -1,12 +1,12 @@
 //! The configuration loop's one step: read, compile, publish.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
 use arc_swap::ArcSwap;
 use mesh_api::admin::Problem;
-use mesh_core::config::{Compiler, Delta};
+use mesh_core::config::{Compiler, Delta, ObjectKey};
 use mesh_core::snapshot::Change;
 use tokio::sync::watch;
 
@@ -14,6 +14,7 @@ use crate::ads::catalogue::{Catalogue, ResourceType};
 use crate::last_good::{LastGood, LogError};
 use crate::metrics::{Metrics, TypeLabel};
 use crate::publish::updates;
+use crate::source::cluster::Seen;
 use crate::source::{Batch, Changed, Source};
 use crate::{place, problem};
 
@@ -26,6 +27,7 @@ pub struct Control {
     generation: watch::Sender<u64>,
     steps: watch::Sender<u64>,
     problems: Arc<ArcSwap<Vec<Problem>>>,
+    verdicts: watch::Sender<Verdicts>,
     /// Of the last compilation; in force until the next.
     compiler_problems: Vec<Problem>,
     started: bool,
@@ -34,6 +36,15 @@ pub struct Control {
     /// What was compiled and is not published yet.
     unpublished: Vec<Change>,
     metrics: Arc<Metrics>,
+}
+
+/// Versions of objects, and what is wrong with just these.
+#[derive(Debug, Clone, Default)]
+pub struct Verdicts {
+    /// Objects whose authors are told.
+    pub seen: Arc<BTreeMap<ObjectKey, Seen>>,
+    /// Of all objects.
+    pub problems: Arc<Vec<Problem>>,
 }
 
 /// What is known of the configuration that was in force before.
@@ -57,6 +68,7 @@ impl Control {
             generation: watch::Sender::new(0),
             steps: watch::Sender::new(0),
             problems: Arc::default(),
+            verdicts: watch::Sender::default(),
             compiler_problems: Vec::new(),
             started: false,
             last_good: None,
@@ -111,6 +123,11 @@ impl Control {
         self.problems.clone()
     }
 
+    /// What is to be told to the authors of objects.
+    pub fn verdicts(&self) -> watch::Receiver<Verdicts> {
+        self.verdicts.subscribe()
+    }
+
     /// Paths of the source.
     pub fn sources(&self) -> Vec<String> {
         self.source.describe()
@@ -142,6 +159,7 @@ impl Control {
             return;
         }
         self.past = Past::Known;
+        self.verdicts.send_replace(Verdicts { seen: self.source.seen(), problems: self.problems.load_full() });
         if is_first || !batch.deltas.is_empty() || !self.unpublished.is_empty() {
             let changes = std::mem::take(&mut self.unpublished);
             self.publish(batch.deltas.len(), &changes);

@@ -9,13 +9,14 @@ mod listing;
 mod scan;
 pub mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mesh_api::admin::Problem;
-use mesh_core::config::{Delta, Object};
+use mesh_core::config::{Delta, Object, ObjectKey};
 
-use cluster::Cluster;
+use cluster::{Cluster, Seen};
 use directory::Directories;
 
 /// A place that configuration comes from.
@@ -67,6 +68,14 @@ impl Source {
             Self::Directories(directories) => directories.poll(changed),
             // What it was told is all that can have changed.
             Self::Cluster(cluster) => cluster.poll(),
+        }
+    }
+
+    /// Of objects whose authors are told what became of them: what the versions of the last batch say beside their meaning.
+    pub fn seen(&self) -> Arc<BTreeMap<ObjectKey, Seen>> {
+        match self {
+            Self::Directories(_) => Arc::default(),
+            Self::Cluster(cluster) => cluster.seen(),
         }
     }
 

@@ -14,13 +14,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::ca::authority::Authority;
+use crate::control::Verdicts;
 use crate::door::Judge;
 use crate::kubernetes::bundle::Bundle;
 use crate::kubernetes::follow::{self, FOLLOWED, Followed, follow};
 use crate::kubernetes::review::{Account, Reviewer};
 use crate::kubernetes::signer::ClusterSigner;
 use crate::kubernetes::webhook::{ADMISSION, Webhook};
-use crate::kubernetes::{self, roots};
+use crate::kubernetes::{self, conditions, roots};
 use crate::metrics::Metrics;
 use crate::server::{ServerCertificate, incoming, tls_acceptor};
 use crate::source::cluster::{Cluster, SharedHeard};
@@ -149,12 +150,22 @@ impl ClusterSide {
         }
     }
 
-    /// Hands the roots out, for the life of the process.
-    pub(super) fn hand_out(&self, authority: Arc<ArcSwap<Authority>>, tasks: &mut JoinSet<&'static str>) {
+    /// Hands the roots out, and tells authors of policies what became of them, for the life of the process.
+    pub(super) fn write(
+        &self,
+        authority: Arc<ArcSwap<Authority>>,
+        verdicts: watch::Receiver<Verdicts>,
+        tasks: &mut JoinSet<&'static str>,
+    ) {
         let client = self.client.clone();
         tasks.spawn(async move {
             roots::hand_out(client, authority).await;
             "roots"
+        });
+        let client = self.client.clone();
+        tasks.spawn(async move {
+            conditions::keep(client, verdicts).await;
+            "conditions"
         });
     }
 

@@ -14,7 +14,7 @@ use mesh_core::config::objects::Kind;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use crate::source::cluster::{KindState, SharedHeard};
+use crate::source::cluster::{KindState, Seen, SharedHeard};
 
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
@@ -78,6 +78,17 @@ impl Followed {
     /// Whether objects are judged before they are written. Those of kinds that every API server has are its own matter.
     pub(super) fn is_judged(self) -> bool {
         self.definition().is_some()
+    }
+
+    /// Whether the status of objects says what became of them.
+    fn has_conditions(self) -> bool {
+        matches!(self.kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
+    }
+
+    /// Where an object of a kind is written, in the version in which it was read.
+    pub(super) fn resource_of(kind: Kind, api_version: &str) -> Option<ApiResource> {
+        let version = api_version.rsplit('/').next()?;
+        FOLLOWED.iter().find(|what| what.kind == kind).map(|what| what.resource(version))
     }
 
     /// Name of its CustomResourceDefinition; none for a kind that every API server has.
@@ -147,12 +158,33 @@ fn take(what: Followed, event: Event<DynamicObject>, types: &TypeMeta, heard: &S
             // Items of a list do not say what they are.
             object.types.get_or_insert_with(|| types.clone());
             object.metadata.managed_fields = None;
+            let seen = what.has_conditions().then(|| seen(&object));
             match serde_json::to_value(&object) {
-                Ok(value) => heard.lock().found(key, from_api_server(value)),
+                Ok(value) => {
+                    let item = from_api_server(value);
+                    let mut heard = heard.lock();
+                    if let Some(seen) = seen {
+                        heard.saw(key.clone(), seen);
+                    }
+                    heard.found(key, item);
+                }
                 // It has just been read from JSON.
                 Err(error) => tracing::error!(object = %key, %error, "not read"),
             }
         }
+    }
+}
+
+fn seen(object: &DynamicObject) -> Seen {
+    let spec = &object.data["spec"];
+    let conditions = object.data["status"]["conditions"].as_array();
+    Seen {
+        api_version: object.types.as_ref().map(|types| types.api_version.clone()).unwrap_or_default(),
+        generation: object.metadata.generation.unwrap_or_default(),
+        resource_version: object.metadata.resource_version.clone().unwrap_or_default(),
+        has_targets: spec["targetRefs"].as_array().is_some_and(|targets| !targets.is_empty())
+            || spec["targetRef"].is_object(),
+        conditions: conditions.cloned().unwrap_or_default(),
     }
 }
 

@@ -35,6 +35,22 @@ pub enum KindState {
 pub struct Heard {
     changed: BTreeMap<ObjectKey, Option<Item>>,
     kinds: BTreeMap<Kind, Listing>,
+    seen: Arc<BTreeMap<ObjectKey, Seen>>,
+}
+
+/// Of an object whose author is told what became of it: what the last version says beside its meaning.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Seen {
+    /// E.g. `security.istio.io/v1`.
+    pub api_version: String,
+    /// The API server counts versions of the spec.
+    pub generation: i64,
+    /// Version of the object as a whole.
+    pub resource_version: String,
+    /// Whether it is for waypoints.
+    pub has_targets: bool,
+    /// `status.conditions`, whoever wrote them.
+    pub conditions: Vec<serde_json::Value>,
 }
 
 #[derive(Debug, Default)]
@@ -78,8 +94,23 @@ impl Heard {
         self.changed.insert(key, Some(item));
     }
 
+    /// What an object that was found says beside its meaning.
+    pub fn saw(&mut self, key: ObjectKey, seen: Seen) {
+        Arc::make_mut(&mut self.seen).insert(key, seen);
+    }
+
+    fn forget(&mut self, keys: &[ObjectKey]) {
+        if keys.iter().any(|key| self.seen.contains_key(key)) {
+            let seen = Arc::make_mut(&mut self.seen);
+            for key in keys {
+                seen.remove(key);
+            }
+        }
+    }
+
     /// An object is gone.
     pub fn gone(&mut self, key: ObjectKey) {
+        self.forget(std::slice::from_ref(&key));
         self.kinds.entry(key.kind).or_default().exist.remove(&key);
         self.changed.insert(key, None);
     }
@@ -91,6 +122,7 @@ impl Heard {
         let Some(relisted) = listing.relisted.take() else { return };
         let gone: Vec<ObjectKey> = listing.exist.difference(&relisted).cloned().collect();
         listing.exist = relisted;
+        self.forget(&gone);
         self.changed.extend(gone.into_iter().map(|key| (key, None)));
     }
 
@@ -99,7 +131,8 @@ impl Heard {
         let listing = self.kinds.entry(kind).or_default();
         listing.state = KindState::Missing;
         listing.relisted = None;
-        let gone = std::mem::take(&mut listing.exist);
+        let gone: Vec<ObjectKey> = std::mem::take(&mut listing.exist).into_iter().collect();
+        self.forget(&gone);
         self.changed.extend(gone.into_iter().map(|key| (key, None)));
     }
 
@@ -132,13 +165,15 @@ pub struct Cluster {
     rejected: BTreeMap<ObjectKey, Problem>,
     /// Of an earlier process, and no list has said yet whether they are still there.
     unconfirmed: BTreeSet<ObjectKey>,
+    /// Of the versions that the last batch was made of.
+    seen: Arc<BTreeMap<ObjectKey, Seen>>,
 }
 
 impl Cluster {
     /// Nothing is known yet.
     pub fn new(url: String, heard: SharedHeard) -> Self {
         let (accepted, rejected, unconfirmed) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
-        Self { url, heard, accepted, rejected, unconfirmed }
+        Self { url, heard, accepted, rejected, unconfirmed, seen: Arc::default() }
     }
 
     /// Takes over the last good versions of an earlier process.
@@ -154,11 +189,17 @@ impl Cluster {
         std::iter::once(self.url.clone()).chain(missing).collect()
     }
 
+    /// What the versions that the last batch was made of say beside their meaning.
+    pub fn seen(&self) -> Arc<BTreeMap<ObjectKey, Seen>> {
+        self.seen.clone()
+    }
+
     /// What was said since the last time.
     pub fn poll(&mut self) -> Batch {
         let (mut changed, confirmed) = {
             let mut heard = self.heard.lock();
             let changed = std::mem::take(&mut heard.changed);
+            self.seen = heard.seen.clone();
             let is_known = |key: &ObjectKey| heard.state(key.kind) != KindState::Unheard;
             let exists = |key: &ObjectKey| heard.kinds.get(&key.kind).is_some_and(|l| l.exist.contains(key));
             let confirmed: Vec<_> =
@@ -320,6 +361,32 @@ mod tests {
         next.check("", "");
         next.list(&["b"]);
         next.check("-Pod default/a", "");
+    }
+
+    #[test]
+    fn what_was_seen_is_of_the_versions_that_were_read() {
+        let mut world = World::new();
+        let saw = |world: &World, name: &str, generation| {
+            world.heard.lock().saw(pod_key(name), Seen { generation, ..Seen::default() });
+        };
+        let generations = |world: &World| -> Vec<(String, i64)> {
+            world.cluster.seen().iter().map(|(key, seen)| (key.name.to_string(), seen.generation)).collect()
+        };
+        saw(&world, "a", 1);
+        saw(&world, "b", 1);
+        world.list(&["a", "b"]);
+        assert_eq!(generations(&world), []);
+        world.check("+Pod default/a, +Pod default/b", "");
+        assert_eq!(generations(&world), [("a".into(), 1), ("b".into(), 1)]);
+        // Heard of and not read yet.
+        saw(&world, "a", 2);
+        world.heard.lock().gone(pod_key("b"));
+        assert_eq!(generations(&world), [("a".into(), 1), ("b".into(), 1)]);
+        world.check("-Pod default/b", "");
+        assert_eq!(generations(&world), [("a".into(), 2)]);
+        world.list(&[]);
+        world.check("-Pod default/a", "");
+        assert_eq!(generations(&world), []);
     }
 
     #[test]
