@@ -169,6 +169,7 @@ fn wrong_objects_are_refused_and_a_controller_that_is_away_is_in_nobodys_way() {
         Ok(Some(()))
     });
     objects_are_judged(cluster);
+    authors_are_told(cluster);
     a_change_is_judged(cluster);
     the_bundle_is_repaired(cluster);
     rights_are_no_more_than_needed(cluster);
@@ -213,6 +214,48 @@ fn objects_are_judged(cluster: &Cluster) {
     assert!(faults.is_empty(), "{}\n{}", faults.join("\n"), log(cluster));
     let warned = judge(cluster, POLICY, "{rules: [{to: [{operation: {paths: [/a]}}]}]}").unwrap();
     assert!(warned.contains("Warning: MESH102 spec.rules[0]: node proxies do not see paths"), "{warned}");
+}
+
+/// Waits until the status of a policy says this and nothing else.
+fn conditions_become(cluster: &Cluster, name: &str, wanted: &str) {
+    let each = "{.type}={.status}/{.reason}@{.observedGeneration}";
+    let path = format!("jsonpath={{range .status.conditions[*]}}{each} {{end}}");
+    until(cluster, &format!("{name} is {wanted}"), || {
+        let said = cluster.kubectl(&["-n", "shop", "get", "authorizationpolicy", name, "-o", &path])?;
+        ensure!(said.trim() == wanted, "it is `{said}`");
+        Ok(Some(()))
+    });
+}
+
+/// The status of a policy says what became of it, for the generation that was judged, and is written when that changes.
+fn authors_are_told(cluster: &Cluster) {
+    let apply = |name: &str, spec: &str| cluster.apply(&object(POLICY, name, spec)).unwrap();
+    let version = |name: &str| {
+        let version = "jsonpath={.metadata.resourceVersion}";
+        cluster.kubectl(&["-n", "shop", "get", "authorizationpolicy", name, "-o", version]).unwrap()
+    };
+    apply("told", "{action: DENY, rules: [{from: [{source: {namespaces: [a]}}]}]}");
+    conditions_become(cluster, "told", "ZtunnelAccepted=True/Accepted@1");
+    apply("told", "{action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}");
+    conditions_become(cluster, "told", "ZtunnelAccepted=True/UnsupportedValue@2");
+    let message = "jsonpath={.status.conditions[0].message}";
+    let message = cluster.kubectl(&["-n", "shop", "get", "authorizationpolicy", "told", "-o", message]).unwrap();
+    assert!(message.contains("spec.rules[0]: node proxies do not see methods"), "{message}");
+    apply("told", "{action: AUDIT, rules: [{}]}");
+    conditions_become(cluster, "told", "ZtunnelAccepted=False/UnsupportedValue@3");
+    apply("aimed", "{targetRefs: [{kind: Service, name: web}]}");
+    conditions_become(cluster, "aimed", "WaypointAccepted=False/AncestorNotBound@1");
+    // A new controller has nothing new to say of the old ones.
+    let before = version("told");
+    scale(cluster, 0);
+    scale(cluster, 1);
+    until(cluster, "a new policy is taken", || {
+        cluster.apply(&object(POLICY, "new", "{}"))?;
+        Ok(Some(()))
+    });
+    conditions_become(cluster, "new", "ZtunnelAccepted=True/Accepted@1");
+    assert_eq!(version("told"), before);
+    cluster.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "told", "aimed", "new"]).unwrap();
 }
 
 fn a_change_is_judged(cluster: &Cluster) {
@@ -274,6 +317,9 @@ fn around_the_webhook(cluster: &Cluster) {
         }
         Ok(Some(()))
     });
+    for i in 0..WRONG.len() {
+        conditions_become(cluster, &format!("wrong-{i}"), "ZtunnelAccepted=False/Invalid@1");
+    }
     // Others converge: the policy of plaintext, which is always there, and this one.
     cluster
         .apply("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: good}\nspec: {}\n")
