@@ -6,6 +6,8 @@ use std::sync::Arc;
 use mesh_api::proto::workload::zds;
 use mesh_api::proto::{security, workload, xds};
 use mesh_api::wds;
+use mesh_controller::kubernetes::admission;
+use mesh_core::config::Settings;
 use mesh_core::flow::RESERVED_PORTS;
 use mesh_core::identity::SpiffeId;
 use mesh_core::inbound::inbound_target;
@@ -37,6 +39,7 @@ pub fn all() -> Vec<Target> {
         Target { name: "hbone-authority", format: Format::Text, samples: authorities, run: hbone_authority },
         Target { name: "yaml", format: Format::Text, samples: manifests, run: yaml },
         Target { name: "enrolment", format: Format::Protobuf, samples: enrolments, run: enrolment },
+        Target { name: "admission-review", format: Format::Text, samples: reviews, run: admission_review },
     ]
 }
 
@@ -257,6 +260,47 @@ fn enrolment(input: &[u8]) {
     }
 }
 
+fn reviews() -> Vec<Vec<u8>> {
+    vec![REVIEW.into()]
+}
+
+const REVIEW: &str = r#"{
+  "apiVersion": "admission.k8s.io/v1",
+  "kind": "AdmissionReview",
+  "request": {
+    "uid": "1c9e4a6e-0000-4000-8000-000000000001",
+    "operation": "CREATE",
+    "kind": {"group": "security.istio.io", "version": "v1", "kind": "AuthorizationPolicy"},
+    "object": {
+      "apiVersion": "security.istio.io/v1",
+      "kind": "AuthorizationPolicy",
+      "metadata": {"name": "allow", "namespace": "default", "labels": {"a": "b"}},
+      "spec": {
+        "selector": {"matchLabels": {"app": "web"}},
+        "action": "DENY",
+        "rules": [
+          {
+            "from": [{"source": {"ipBlocks": ["10.0.0.0/8", "fd00::1"], "notNamespaces": ["a*"]}}],
+            "to": [{"operation": {"ports": ["80"], "notPaths": ["/x"]}}],
+            "when": [{"key": "source.principal", "values": ["*"]}]
+          }
+        ]
+      }
+    }
+  }
+}
+"#;
+
+/// What the API server asks, or somebody who says so. An answer is bounded, whatever the question.
+fn admission_review(input: &[u8]) {
+    const MAX_ANSWER_BYTES: usize = 128 << 10;
+    if let Ok(answer) = admission::review(input, &Settings::default()) {
+        let spared = answer.uid.len() * "\\u0000".len();
+        let bytes = answer.to_json().to_string().len();
+        assert!(bytes < MAX_ANSWER_BYTES + spared, "an answer of {bytes} bytes");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,6 +312,8 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         protocol::parse(&enrolments()[0], vec![null.into()]).expect("the sample workload to enrol");
         protocol::parse(&enrolments()[1], Vec::new()).expect("the sample deletion");
+        let answer = admission::review(&reviews()[0], &Settings::default()).expect("the sample question");
+        assert_eq!((answer.refusal, answer.warnings.len()), (None, 1), "the sample policy is judged");
         for text in manifests() {
             for document in mesh_api::yaml::documents(str::from_utf8(&text).unwrap()) {
                 for item in mesh_api::k8s::items(&document.unwrap(), &"sample.yaml".into()) {
