@@ -223,6 +223,13 @@ fn what_opens_nothing_is_not_looked_at() {
     mesh.bed.pod.ip(&["rule", "del", "priority", "1338"]);
     assert_eq!(heard(), [cookie], "a rule is gone");
     assert_eq!(mesh.capture.guard_again(cookie).unwrap(), []);
+    mesh.bed.pod.ip(&["link", "set", "lo", "down"]);
+    assert_eq!(heard(), [cookie], "loopback is down, and the route over it gone");
+    assert_eq!(mesh.capture.guard_again(cookie).unwrap(), [], "there is nothing to route over");
+    mesh.bed.pod.ip(&["link", "set", "lo", "up"]);
+    assert_eq!(heard(), [cookie], "loopback is up");
+    assert_eq!(mesh.capture.guard_again(cookie).unwrap(), []);
+    assert!(mesh.bed.pod.ip(&["route", "show", "table", "1338"]).contains("local default dev lo"), "routed again");
     mesh.capture.unenroll(cookie, Some(mesh.bed.pod.fd())).unwrap();
     mesh.bed.pod.ip(&["link", "del", "late0"]);
     assert_eq!(heard(), [0; 0], "it has left");
