@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -111,26 +113,57 @@ pub fn keep(dir: &Path, ours: &PluginConfig) -> io::Result<Kept> {
     Ok(Kept::Written(name))
 }
 
-/// Keeps our file for the life of the process, on this thread.
-pub fn keep_for_ever(dir: &Path, ours: &PluginConfig) {
+/// Keeps our file what it should be, on a thread of its own, until it is stopped.
+#[derive(Debug)]
+pub struct Keeper {
+    /// Its end ends the thread.
+    running: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Keeper {
+    /// Starts.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn start(dir: PathBuf, ours: PluginConfig) -> io::Result<Self> {
+        let (running, ended) = channel();
+        let thread = std::thread::Builder::new().name("conflist".into());
+        Ok(Self { running, thread: thread.spawn(move || keep_until(&ended, &dir, &ours))? })
+    }
+
+    /// Ends it: our file is not written any more.
+    pub fn stop(self) {
+        drop(self.running);
+        // It panics nowhere; if it had, it would have ended all the same.
+        let _ended = self.thread.join();
+    }
+}
+
+fn keep_until(ended: &Receiver<()>, dir: &Path, ours: &PluginConfig) {
     let mut said = None;
     loop {
         let now = keep(dir, ours).map_err(|error| error.to_string());
         // Each state once.
         if said.as_ref() != Some(&now) && now != Ok(Kept::Unchanged) {
-            match &now {
-                Ok(Kept::Written(main)) => tracing::info!(main, file = FILE, "CNI configuration written"),
-                Ok(Kept::Absent) => tracing::info!(dir = %dir.display(), "there is no CNI configuration yet"),
-                Ok(Kept::Failed(why)) => tracing::error!(
-                    why,
-                    "our CNI configuration does not follow the main one: pods may start without waiting"
-                ),
-                Ok(Kept::Unchanged) => {}
-                Err(error) => tracing::error!(dir = %dir.display(), error, "the CNI configuration cannot be kept"),
-            }
+            say(&now, dir);
             said = Some(now);
         }
-        std::thread::sleep(LOOK_EVERY);
+        if ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Disconnected) {
+            return;
+        }
+    }
+}
+
+fn say(kept: &Result<Kept, String>, dir: &Path) {
+    match kept {
+        Ok(Kept::Written(main)) => tracing::info!(main, file = FILE, "CNI configuration written"),
+        Ok(Kept::Absent) => tracing::info!(dir = %dir.display(), "there is no CNI configuration yet"),
+        Ok(Kept::Failed(why)) => {
+            tracing::error!(why, "our CNI configuration does not follow the main one: pods may start without waiting");
+        }
+        Ok(Kept::Unchanged) => {}
+        Err(error) => tracing::error!(dir = %dir.display(), error, "the CNI configuration cannot be kept"),
     }
 }
 

@@ -3,6 +3,7 @@
 mod cni;
 mod known;
 pub mod netns;
+mod owner;
 pub mod pods;
 
 use std::collections::BTreeMap;
@@ -21,9 +22,11 @@ use mesh_api::k8s::{Item, from_api_server};
 use mesh_cni::config::PluginConfig;
 use mesh_core::config::Object;
 use mesh_core::config::objects::{Namespace, Pod};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::known::Known;
+pub use self::owner::Owner;
 use self::pods::Pods;
 use crate::{Board, conflist, proxy};
 
@@ -35,6 +38,8 @@ const LOOK_FIRST: Duration = Duration::from_millis(100);
 const LOOK_MAX: Duration = Duration::from_secs(2);
 /// All namespaces are looked at again after this time: a runtime may make a pod's network anew.
 const LOOK_ANYWAY: Duration = Duration::from_secs(15);
+/// How long node proxies have to let go of everything when the mesh is uninstalled.
+const LET_GO_WITHIN: Duration = Duration::from_secs(20);
 /// Pause after a watch failed.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -47,6 +52,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// None: pods do not wait for the mesh when they start.
     pub cni: Option<CniOptions>,
+    /// What runs the agents: when it is deleted, the agent takes with it what it has installed. None: it never does.
+    pub owner: Option<Owner>,
 }
 
 /// Where the CNI plugin and its configuration go.
@@ -108,10 +115,10 @@ enum Seen {
     Failed(watcher::Error),
 }
 
-/// Runs until the process ends.
+/// Runs until the process is told to end by SIGTERM or SIGINT.
 ///
 /// # Errors
-/// There is no API server, or the socket cannot be made.
+/// There is no API server, the socket cannot be made, or what was installed cannot be taken away.
 pub fn run(options: Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async move {
@@ -131,10 +138,11 @@ async fn serve(client: Client, options: Options) -> Result<()> {
     let mut seen = pin!(seen);
     let (mut heard, pods, board) =
         (Heard::default(), Arc::new(Mutex::new(Pods::default())), Arc::new(Board::default()));
-    let mut known = match &options.cni {
-        Some(cni) => Some(serve_plugin(cni, client, (&pods, &board))?),
+    let mut plugin = match &options.cni {
+        Some(cni) => Some(serve_plugin(cni, client.clone(), (&pods, &board))?),
         None => None,
     };
+    let (mut terminated, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut listening = false;
     let mut pause = LOOK_FIRST;
     let mut look_at = Instant::now() + LOOK_ANYWAY;
@@ -150,6 +158,8 @@ async fn serve(client: Client, options: Options) -> Result<()> {
                 pause = LOOK_FIRST;
             }
             () = sleep_until(look_at) => {}
+            _ = terminated.recv() => return end(client, &options, plugin, &board).await,
+            _ = interrupted.recv() => return Ok(()),
         }
         if !(heard.pods.is_complete && heard.namespaces.is_complete) {
             // What is not known yet would be taken for gone.
@@ -158,7 +168,7 @@ async fn serve(client: Client, options: Options) -> Result<()> {
         let is_settled = look(&heard, &pods, &board).await?;
         look_at = Instant::now() + if is_settled { LOOK_ANYWAY } else { pause };
         pause = (pause * 2).min(LOOK_MAX);
-        if let Some(known) = &mut known {
+        if let Some(Plugin { known, .. }) = &mut plugin {
             let pods = cni::lock(&pods);
             known.update(&pods);
             known.report_unasked(&pods);
@@ -192,17 +202,42 @@ async fn look(heard: &Heard, pods: &Mutex<Pods>, board: &Board) -> Result<bool> 
     Ok(pods.homeless().is_empty())
 }
 
+/// What serves the CNI plugin.
+struct Plugin {
+    known: Known,
+    keeper: conflist::Keeper,
+}
+
 /// Answers the CNI plugin from now on, and only then makes runtimes start it.
-fn serve_plugin(cni: &CniOptions, client: Client, (pods, board): (&Arc<Mutex<Pods>>, &Arc<Board>)) -> Result<Known> {
+fn serve_plugin(cni: &CniOptions, client: Client, (pods, board): (&Arc<Mutex<Pods>>, &Arc<Board>)) -> Result<Plugin> {
     let desk = cni::Desk::new(client, Arc::clone(pods), Arc::clone(board), cni::host_netns()?);
     tokio::spawn(cni::serve(cni::listen(&cni.plugin.agent_socket)?, Arc::new(desk)));
     if let Some(bin_dir) = &cni.bin_dir {
         conflist::install_plugin(bin_dir).context("install the CNI plugin")?;
     }
-    let (dir, plugin) = (cni.conf_dir.clone(), cni.plugin.clone());
-    let thread = std::thread::Builder::new().name("conflist".into());
-    thread.spawn(move || conflist::keep_for_ever(&dir, &plugin)).context("start a thread")?;
-    Ok(Known::read(cni.plugin.state_dir.clone()))
+    let keeper = conflist::Keeper::start(cni.conf_dir.clone(), cni.plugin.clone()).context("start a thread")?;
+    Ok(Plugin { known: Known::read(cni.plugin.state_dir.clone()), keeper })
+}
+
+/// Ends. An agent that another one follows leaves everything as it is; the last one takes away what would keep pods waiting for
+/// ever, and lets them go.
+async fn end(client: Client, options: &Options, plugin: Option<Plugin>, board: &Arc<Board>) -> Result<()> {
+    let is_last = match &options.owner {
+        Some(owner) => owner.is_gone(client).await,
+        None => false,
+    };
+    if !is_last {
+        tracing::info!("told to end; pods of the mesh wait for the next agent");
+        return Ok(());
+    }
+    tracing::info!("the mesh is uninstalled: its pods are let go");
+    if let (Some(plugin), Some(cni)) = (plugin, &options.cni) {
+        plugin.keeper.stop();
+        conflist::uninstall(&cni.conf_dir, cni.bin_dir.as_deref(), &cni.plugin.state_dir)?;
+    }
+    board.post(BTreeMap::new());
+    let (board, deadline) = (Arc::clone(board), std::time::Instant::now() + LET_GO_WITHIN);
+    tokio::task::spawn_blocking(move || board.wait_until_told(deadline)).await.context("wait for the node proxies")
 }
 
 async fn hear(heard: &mut Heard, seen: Seen) {

@@ -66,7 +66,7 @@ fn agent(args: AgentArgs) -> anyhow::Result<ExitCode> {
     });
     let node = args.node.context("--node is not given")?;
     let socket = args.agent_socket.context("--agent-socket is not given")?;
-    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node, socket, cni })?;
+    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node, socket, cni, owner: args.daemonset })?;
     Ok(ExitCode::SUCCESS)
 }
 

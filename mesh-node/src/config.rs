@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_agent::kubernetes::Owner;
 
 use crate::runtime::{AccessLogConfig, AccessLogFormat, DataPathConfig};
 
@@ -55,6 +56,10 @@ pub struct AgentArgs {
     /// Pods that wait for the mesh when they start
     #[command(flatten)]
     pub cni: CniArgs,
+    /// DaemonSet that runs the agents; when it is deleted, an agent that is told to end takes its CNI configuration away and
+    /// lets its pods go
+    #[arg(long, env = "MESH_DAEMONSET", value_name = "NAMESPACE/NAME")]
+    pub daemonset: Option<Owner>,
     /// Remove the CNI configuration, plugin and state of this node, and end
     #[arg(long, requires = "cni_conf_dir")]
     pub uninstall: bool,
