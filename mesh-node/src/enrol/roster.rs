@@ -242,18 +242,18 @@ impl Roster {
                 self.renew(Arc::clone(&known)).await?;
                 // The first time it may not have worked.
                 self.put(&known)?;
+                self.certify(&add.uid, &add.info, deadline).await
             }
             Some(known) => {
                 let enrolled = match self.end(&known).await {
-                    Ok(()) => self.enrol(&add.uid, add.info.clone(), add.netns).await,
+                    Ok(()) => self.enrol(&add.uid, add.info, add.netns, deadline).await,
                     Err(error) => Err(error),
                 };
                 self.give_up_certificate_of(&known);
-                enrolled?;
+                enrolled
             }
-            None => self.enrol(&add.uid, add.info.clone(), add.netns).await?,
+            None => self.enrol(&add.uid, add.info, add.netns, deadline).await,
         }
-        self.certify(&add.uid, &add.info, deadline).await
     }
 
     /// One namespace is one workload: the programs know a workload by its namespace alone.
@@ -281,7 +281,15 @@ impl Roster {
         blocking(move || host.renew(&workload)).await
     }
 
-    async fn enrol(&mut self, uid: &WorkloadUid, info: WorkloadInfo, netns: OwnedFd) -> Result<(), String> {
+    /// Captures a workload, and serves it when it has its certificate, or when that does not come in time: until then its
+    /// connections wait in the backlogs, because without one each would be refused.
+    async fn enrol(
+        &mut self,
+        uid: &WorkloadUid,
+        info: WorkloadInfo,
+        netns: OwnedFd,
+        deadline: Instant,
+    ) -> Result<(), String> {
         let known = self.shared.view.load().enrolled.len() + self.closed.len();
         if known >= MAX_WORKLOADS && !self.closed.contains_key(uid) {
             return Err(format!("this node serves {MAX_WORKLOADS} workloads already"));
@@ -298,12 +306,14 @@ impl Roster {
             Err(error) => return Err(format!("enrolment failed: {error}")),
         };
         self.closed.remove(uid);
-        let WorkloadInfo { name, namespace, service_account } = info;
+        let WorkloadInfo { name, namespace, service_account } = info.clone();
         let workload =
             Arc::new(Enrolled { uid: uid.clone(), name, namespace, service_account, netns, cookie, listeners });
+        let kept = self.put(&workload);
+        let certified = self.certify(uid, &info, deadline).await;
         self.serve(&workload);
         info!(workload = &*workload.name, namespace = &*workload.namespace, cookie, "workload enrolled");
-        self.put(&workload)
+        kept.and(certified)
     }
 
     fn put(&self, workload: &Enrolled) -> Result<(), String> {

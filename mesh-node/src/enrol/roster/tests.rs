@@ -55,10 +55,10 @@ impl Scene {
 }
 
 #[tokio::test]
-async fn a_workload_is_captured_then_served_then_certified_and_all_is_undone_when_it_goes() {
+async fn a_workload_is_captured_then_certified_then_served_and_all_is_undone_when_it_goes() {
     let mut scene = scene(Vec::new());
     let netns = file();
-    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "certificate web", "serve a"]).await;
     assert_eq!(scene.states(), ["a ready"]);
     assert_eq!(scene.host.kept.lock().expect("lock").len(), 8, "namespace, six listeners, info");
     scene.expect(add("a", "web", &netns), Ok(()), &["renew a", "certificate web"]).await;
@@ -71,8 +71,8 @@ async fn a_workload_is_captured_then_served_then_certified_and_all_is_undone_whe
 async fn a_certificate_is_given_up_with_its_last_workload() {
     let mut scene = scene(Vec::new());
     let (one, two) = (file(), file());
-    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
-    scene.expect(add("b", "web", &two), Ok(()), &["capture b", "serve b", "certificate web"]).await;
+    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+    scene.expect(add("b", "web", &two), Ok(()), &["capture b", "certificate web", "serve b"]).await;
     scene.expect(del("a"), Ok(()), &["stop a", "release"]).await;
     scene.expect(del("b"), Ok(()), &["stop b", "release", "give up web"]).await;
 }
@@ -81,17 +81,17 @@ async fn a_certificate_is_given_up_with_its_last_workload() {
 async fn another_namespace_or_identity_under_a_known_uid_is_a_new_workload() {
     let mut scene = scene(Vec::new());
     let (one, two) = (file(), file());
-    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("a", "web", &one), Ok(()), &["capture a", "certificate web", "serve a"]).await;
     // The key that there is will do, also while there is no CA.
-    let again = ["stop a", "release", "capture a", "serve a", "certificate web"];
+    let again = ["stop a", "release", "capture a", "certificate web", "serve a"];
     scene.expect(add("a", "web", &two), Ok(()), &again).await;
-    let other = ["stop a", "release", "capture a", "serve a", "give up web", "certificate db"];
+    let other = ["stop a", "release", "capture a", "certificate db", "serve a", "give up web"];
     scene.expect(add("a", "db", &two), Ok(()), &other).await;
     scene.host.fail("capture");
     let failed = ["stop a", "release", "capture a", "give up db"];
     scene.expect(add("a", "db", &one), Err("capture fails"), &failed).await;
     scene.host.mend();
-    scene.expect(add("a", "db", &one), Ok(()), &["capture a", "serve a", "certificate db"]).await;
+    scene.expect(add("a", "db", &one), Ok(()), &["capture a", "certificate db", "serve a"]).await;
     scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
     assert_eq!(scene.served(), ["a"]);
 }
@@ -107,7 +107,7 @@ async fn a_workload_that_cannot_be_captured_stays_closed_until_it_is_gone() {
     scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
     assert_eq!(scene.host.captured.lock().expect("lock").len(), 1, "the snapshot must not open it");
     scene.host.mend();
-    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "certificate web", "serve a"]).await;
     assert_eq!(scene.states(), ["a ready"]);
     scene.host.fail("capture");
     let other = file();
@@ -120,7 +120,7 @@ async fn without_a_certificate_it_is_served_and_the_agent_hears_of_it() {
     let mut scene = scene(Vec::new());
     let netns = file();
     scene.host.fail("certificate");
-    let asked = ["capture a", "serve a", "certificate web"];
+    let asked = ["capture a", "certificate web", "serve a"];
     scene.expect(add("a", "web", &netns), Err("no certificate for spiffe://t/ns/default/sa/web"), &asked).await;
     assert_eq!(scene.served(), ["a"]);
     assert!(scene.states()[0].starts_with("a no certificate"), "{:?}", scene.states());
@@ -135,7 +135,7 @@ async fn the_answer_comes_in_time_whatever_the_controller_does() {
     scene.host.fail("hang");
     scene.roster.answer_within = Duration::from_millis(20);
     let started = Instant::now();
-    let asked = ["capture a", "serve a", "certificate web"];
+    let asked = ["capture a", "certificate web", "serve a"];
     scene.expect(add("a", "web", &file()), Err("no answer in time"), &asked).await;
     assert!(started.elapsed() < ANSWER_WITHIN, "{:?}", started.elapsed());
 }
@@ -161,7 +161,7 @@ async fn all_that_is_announced_waits_for_a_silent_controller_only_once() {
 async fn a_namespace_that_is_taken_or_our_own_is_refused() {
     let mut scene = scene(Vec::new());
     let netns = file();
-    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "certificate web", "serve a"]).await;
     scene.expect(add("b", "db", &netns), Err("is that of a (a)"), &[]).await;
     scene.expect(del("b"), Ok(()), &[]).await;
     let own = std::fs::File::open("/proc/self/ns/net").expect("own").into();
@@ -188,7 +188,7 @@ async fn after_a_new_connection_everything_has_to_be_announced_again() {
     let mut scene = scene(Vec::new());
     let (one, two) = (file(), file());
     for (uid, netns) in [("a", &one), ("b", &two)] {
-        let asked = [format!("capture {uid}"), format!("serve {uid}"), "certificate web".into()];
+        let asked = [format!("capture {uid}"), "certificate web".into(), format!("serve {uid}")];
         scene.expect(add(uid, "web", netns), Ok(()), &asked.each_ref().map(String::as_str)).await;
     }
     scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
@@ -202,7 +202,7 @@ async fn after_a_new_connection_everything_has_to_be_announced_again() {
 async fn namespaces_that_a_dead_proxy_captured_are_released_after_the_snapshot_only() {
     let mut scene = scene(Vec::new());
     scene.host.captured.lock().expect("lock").insert(4711);
-    scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "serve a", "certificate web"]).await;
+    scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "certificate web", "serve a"]).await;
     scene.expect(Request::SnapshotSent, Ok(()), &["release unknown"]).await;
     assert_eq!(scene.host.captured.lock().expect("lock").len(), 1);
 }
@@ -243,7 +243,13 @@ async fn a_store_that_does_not_take_the_listeners_is_reported_until_it_does_and_
     let mut scene = scene(Vec::new());
     let netns = file();
     scene.host.fail("keep");
-    scene.expect(add("a", "web", &netns), Err("cannot be kept for a restart"), &["capture a", "serve a"]).await;
+    scene
+        .expect(
+            add("a", "web", &netns),
+            Err("cannot be kept for a restart"),
+            &["capture a", "certificate web", "serve a"],
+        )
+        .await;
     scene.host.kept.lock().expect("lock").clear();
     scene.expect(add("a", "web", &netns), Err("cannot be kept for a restart"), &["renew a"]).await;
     assert_eq!(scene.served(), ["a"]);
