@@ -10,12 +10,12 @@ use mesh_core::plan::{PlanContext, plan_outbound};
 use mesh_core::workload::{Workload, WorkloadUid};
 use socket2::SockRef;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::accept::Accepted;
 use crate::connections::{Carrier, CloseReason, Description, Direction, Registered};
 use crate::dial::{Source, connect, connect_application, keep_alive};
-use crate::hbone::client::{OpenError, Opened, Target};
+use crate::hbone::client::{DialError, OpenError, Opened, Target};
 use crate::hbone::head::Head;
 use crate::hbone::pool::PoolKey;
 use crate::identity::{NoCertificate, certificate, identity_of};
@@ -29,6 +29,13 @@ use crate::workers::{Serving, Worker};
 const MAX_ATTEMPTS: usize = 3;
 /// Time for all of them.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection waits for workloads that are entering the mesh or leaving it. The configuration, each node's
+/// enrolment and the certificate come on their own ways, and until the last of them is there nothing can be carried.
+const SETTLE_WITHIN: Duration = Duration::from_secs(2);
+/// First pause before it is tried again; doubles.
+const SETTLE_PAUSE_FIRST: Duration = Duration::from_millis(10);
+/// Longest pause: as much as a connection waits in vain.
+const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// Why a connection was not carried.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +75,30 @@ impl OutboundError {
             Self::NoCertificate(_) => ResponseFlags::IdentityError,
             Self::Tunnel(error) => error.flags(),
             Self::Dial { .. } | Self::Request(_) | Self::Closed(_) | Self::Slow => ResponseFlags::Connect,
+        }
+    }
+
+    /// Whether this is what a workload looks like that is entering the mesh or leaving it: in the configuration and not
+    /// with its node, or the other way round. Nothing has been sent by then.
+    fn may_settle(&self) -> bool {
+        match self {
+            Self::Refused(refusal) => matches!(refusal, Refusal::SourceUnknown),
+            Self::NoCertificate(missing) => matches!(missing, NoCertificate::Missing(_)),
+            Self::Tunnel(OpenError::Dial(error)) => match &**error {
+                DialError::Connect { source, .. } => source.kind() == std::io::ErrorKind::ConnectionRefused,
+                DialError::NoCertificate(missing) => matches!(missing, NoCertificate::Missing(_)),
+                DialError::Outdated { .. } => true,
+                DialError::Tls { .. }
+                | DialError::Http2 { .. }
+                | DialError::Slow { .. }
+                | DialError::Unwilling { .. }
+                | DialError::Abandoned => false,
+            },
+            Self::Tunnel(OpenError::Answer(_) | OpenError::Lost(_) | OpenError::Refusing | OpenError::Full)
+            | Self::Dial { .. }
+            | Self::Request(_)
+            | Self::Closed(_)
+            | Self::Slow => false,
         }
     }
 
@@ -141,7 +172,29 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
+    /// Tries, each time by what is known then, until it is connected or will not be. What a workload needs is never less
+    /// than its configuration says: one that is to be reached by a tunnel is reached by a tunnel.
     async fn run(&mut self) -> Result<(Registered, Connected), OutboundError> {
+        let deadline = Instant::now() + SETTLE_WITHIN;
+        let mut pause = SETTLE_PAUSE_FIRST;
+        loop {
+            let error = match self.endpoints().await {
+                Ok(connected) => return Ok(connected),
+                Err(error) => error,
+            };
+            if self.recorded || !error.may_settle() || Instant::now() + pause > deadline {
+                return Err(error);
+            }
+            count(&self.worker.metrics.counters.dial_retries);
+            tracing::debug!(target = %self.target, %error, "trying again");
+            sleep(pause).await;
+            pause = (pause * 2).min(SETTLE_PAUSE_MAX);
+            self.excluded.clear();
+        }
+    }
+
+    /// One endpoint after the other.
+    async fn endpoints(&mut self) -> Result<(Registered, Connected), OutboundError> {
         loop {
             let view = self.worker.shared.view.load_full();
             let plan = self.plan(&view);
