@@ -245,7 +245,7 @@ fn enrolments() -> Vec<Vec<u8>> {
     let info = zds::WorkloadInfo { name: "web-1".into(), namespace: "default".into(), service_account: "web".into() };
     let uid = "1c9e4a6e-0000-4000-8000-000000000001".to_owned();
     let add = Payload::Add(zds::AddWorkload { uid: uid.clone(), workload_info: Some(info) });
-    [add, Payload::Del(zds::DelWorkload { uid })]
+    [add, Payload::Del(zds::DelWorkload { uid, lives_on: true })]
         .map(|payload| zds::WorkloadRequest { payload: Some(payload) }.encode_to_vec())
         .to_vec()
 }

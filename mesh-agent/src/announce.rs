@@ -100,7 +100,7 @@ impl Announcer {
     /// The next request, if there is one now. Deletions go first, so that an address or name that is used again is free.
     pub(crate) fn next(&self, desired: &Desired, now: Instant) -> Option<Payload> {
         if let Some(uid) = self.told.keys().find(|uid| !desired.contains_key(*uid)) {
-            return Some(Payload::Del(DelWorkload { uid: uid.clone() }));
+            return Some(Payload::Del(DelWorkload { uid: uid.clone(), lives_on: false }));
         }
         let mut known = desired.iter().filter(|(_, enrol)| !matches!(enrol.netns, Netns::Unknown));
         let wanted = known.find(|(uid, enrol)| match self.told.get(*uid) {

@@ -1,6 +1,6 @@
 //! What the node proxies of one node should serve, and how they have answered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,8 @@ pub struct Board {
 #[derive(Debug, Default)]
 struct Inner {
     desired: Arc<Desired>,
+    /// Workloads that live on the node, in the mesh or not.
+    living: Arc<BTreeSet<String>>,
     /// Counts changes of `desired`.
     generation: u64,
     next_connection: u64,
@@ -35,9 +37,10 @@ struct Connection {
 }
 
 impl Board {
-    /// Puts up what should be served, and wakes whoever announces it.
-    pub fn post(&self, desired: Desired) {
+    /// Puts up what should be served, and the UIDs of all that live, and wakes whoever announces it.
+    pub fn post(&self, desired: Desired, living: BTreeSet<String>) {
         let mut inner = self.lock();
+        inner.living = Arc::new(living);
         inner.desired = Arc::new(desired);
         inner.generation += 1;
         for connection in inner.connections.values() {
@@ -81,6 +84,10 @@ impl Board {
             }
             inner = self.told.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    pub(crate) fn living(&self) -> Arc<BTreeSet<String>> {
+        self.lock().living.clone()
     }
 
     pub(crate) fn current(&self) -> (u64, Arc<Desired>) {

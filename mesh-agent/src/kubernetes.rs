@@ -158,7 +158,7 @@ async fn serve(client: Client, options: Options) -> Result<()> {
                 pause = LOOK_FIRST;
             }
             () = sleep_until(look_at) => {}
-            _ = terminated.recv() => return end(client, &options, plugin, &board).await,
+            _ = terminated.recv() => return end(client, &options, plugin, (&pods, &board)).await,
             _ = interrupted.recv() => return Ok(()),
         }
         if !(heard.pods.is_complete && heard.namespaces.is_complete) {
@@ -198,7 +198,7 @@ async fn look(heard: &Heard, pods: &Mutex<Pods>, board: &Board) -> Result<bool> 
         Ok(found) => pods.found(found),
         Err(error) => tracing::error!(%error, "network namespaces of pods are not found (is this the node's /proc?)"),
     }
-    board.post(pods.desired());
+    board.post(pods.desired(), pods.living());
     Ok(pods.homeless().is_empty())
 }
 
@@ -221,7 +221,12 @@ fn serve_plugin(cni: &CniOptions, client: Client, (pods, board): (&Arc<Mutex<Pod
 
 /// Ends. An agent that another one follows leaves everything as it is; the last one takes away what would keep pods waiting for
 /// ever, and lets them go.
-async fn end(client: Client, options: &Options, plugin: Option<Plugin>, board: &Arc<Board>) -> Result<()> {
+async fn end(
+    client: Client,
+    options: &Options,
+    plugin: Option<Plugin>,
+    (pods, board): (&Mutex<Pods>, &Arc<Board>),
+) -> Result<()> {
     let is_last = match &options.owner {
         Some(owner) => owner.is_gone(client).await,
         None => false,
@@ -235,7 +240,7 @@ async fn end(client: Client, options: &Options, plugin: Option<Plugin>, board: &
         plugin.keeper.stop();
         conflist::uninstall(&cni.conf_dir, cni.bin_dir.as_deref(), &cni.plugin.state_dir)?;
     }
-    board.post(BTreeMap::new());
+    board.post(BTreeMap::new(), cni::lock(pods).living());
     let (board, deadline) = (Arc::clone(board), std::time::Instant::now() + LET_GO_WITHIN);
     tokio::task::spawn_blocking(move || board.wait_until_told(deadline)).await.context("wait for the node proxies")
 }

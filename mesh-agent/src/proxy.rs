@@ -97,7 +97,10 @@ fn announce(proxy: &OwnedFd, wake: &UnixStream, (node, id): (&str, u64), board: 
     let mut announcer = Announcer::default();
     loop {
         let (generation, desired) = board.current();
-        while let Some(request) = announcer.next(&desired, Instant::now()) {
+        while let Some(mut request) = announcer.next(&desired, Instant::now()) {
+            if let Payload::Del(del) = &mut request {
+                del.lives_on = board.living().contains(&del.uid);
+            }
             let error = exchange(proxy, &request, &desired)?;
             tracing::info!("{node}: {} {}", words(&request), if error.is_empty() { "done" } else { &error });
             announcer.answered(&request, &desired, &error, Instant::now());
@@ -199,6 +202,7 @@ fn words(request: &Payload) -> String {
             let info = add.workload_info.as_ref();
             format!("add {} ({})", info.map_or("", |i| &i.name), add.uid)
         }
+        Payload::Del(del) if del.lives_on => format!("let go {}", del.uid),
         Payload::Del(del) => format!("del {}", del.uid),
         Payload::Keep(keep) => format!("keep {}", keep.uid),
         Payload::SnapshotSent(_) => "snapshot".into(),

@@ -82,11 +82,20 @@ pub struct Workload {
     pub slot: u32,
     /// Its IPv6 address; all zero when it has none.
     pub v6: Addr,
-    /// Counts enrolments of this namespace.
+    /// Counts enrolments of this namespace; [`Workload::LET_GO`] is none.
     pub generation: u64,
 }
 
 impl Workload {
+    /// The workload has left the mesh: what was captured goes on, and nothing new is.
+    pub const LET_GO: u64 = 0;
+
+    /// Whether it is here for connections of before only.
+    #[inline(always)]
+    pub const fn is_let_go(&self) -> bool {
+        self.generation == Self::LET_GO
+    }
+
     /// Whether `addr` is one of the workload's own addresses.
     #[inline(always)]
     pub const fn owns(&self, addr: &Addr) -> bool {

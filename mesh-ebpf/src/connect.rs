@@ -112,7 +112,13 @@ fn connect(ctx: &SockAddrContext, hook: Hook, dst: &Addr, rewrite: Rewrite) -> i
         count(hook, Reason::NotEnrolled);
         return ALLOW;
     };
-    let reason = if is_proxy() { Reason::ProxySocket } else { judge(ctx, &workload, netns_cookie, dst, protocol) };
+    let reason = if workload.is_let_go() {
+        Reason::NotEnrolled
+    } else if is_proxy() {
+        Reason::ProxySocket
+    } else {
+        judge(ctx, &workload, netns_cookie, dst, protocol)
+    };
     match reason.verdict() {
         Verdict::Pass => {
             // A socket can be disconnected and used again; then it answers for itself.

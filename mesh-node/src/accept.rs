@@ -80,6 +80,8 @@ async fn accept_all(worker: Arc<Worker>, serving: Arc<Serving>, listener: TcpLis
         };
         let (tcp, peer) = match accepted {
             Ok(accepted) => accepted,
+            // The listener is shut, and this came first.
+            Err(_) if *phase.borrow() != Phase::Serving => return,
             Err(error) => {
                 if !concerns_one_connection(&error) {
                     count(&worker.metrics.counters.accept_failures);

@@ -19,7 +19,7 @@ use mesh_core::workload::WorkloadUid;
 pub use self::description::{Carrier, CloseReason, Description, Direction};
 use crate::access_log::{AccessLog, Record};
 use crate::metrics::{Metrics, ResponseFlags, Series, count};
-use crate::runtime::View;
+use crate::runtime::{Enrolled, View};
 use crate::view_change::ViewChange;
 
 /// A live connection.
@@ -99,6 +99,11 @@ impl Live {
     fn concerns(&self, uid: &WorkloadUid) -> bool {
         let d = &self.description;
         d.enrolled.uid == *uid || d.local_destination.as_ref().is_some_and(|e| e.uid == *uid)
+    }
+
+    fn is_of(&self, enrolled: &Arc<Enrolled>) -> bool {
+        let d = &self.description;
+        Arc::ptr_eq(&d.enrolled, enrolled) || d.local_destination.as_ref().is_some_and(|e| Arc::ptr_eq(e, enrolled))
     }
 
     /// Judges it by `view`: why it must not go on, if so.
@@ -239,6 +244,24 @@ impl Connections {
     /// Ends those of a workload.
     pub fn close_workload(&self, uid: &WorkloadUid) {
         for live in self.all().iter().filter(|live| live.concerns(uid)) {
+            live.close(CloseReason::WorkloadStopped);
+        }
+    }
+
+    /// Number of those of one enrolment.
+    pub fn concerning(&self, enrolled: &Arc<Enrolled>) -> usize {
+        self.live
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .by_id
+            .values()
+            .filter(|live| live.is_of(enrolled))
+            .count()
+    }
+
+    /// Ends those of one enrolment.
+    pub fn close_enrolment(&self, enrolled: &Arc<Enrolled>) {
+        for live in self.all().iter().filter(|live| live.is_of(enrolled)) {
             live.close(CloseReason::WorkloadStopped);
         }
     }

@@ -351,7 +351,7 @@ impl Metrics {
                 "Live connections closed when judged again",
                 &c.connections_closed_by_change,
             ),
-            ("mesh_dial_retries", "Dials that moved on to another endpoint", &c.dial_retries),
+            ("mesh_dial_retries", "Dials that moved on to another endpoint, or were made again", &c.dial_retries),
             ("mesh_log_records_dropped", "Access log records dropped", &c.log_records_dropped),
             ("mesh_series_overflow", "Label sets beyond the bound", &c.series_overflow),
         ];

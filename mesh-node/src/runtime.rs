@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -137,6 +137,19 @@ pub struct Listeners {
     pub hbone4: OwnedFd,
     /// 15008.
     pub hbone6: Option<OwnedFd>,
+}
+
+impl Listeners {
+    /// Listens no more, whoever else has these sockets: connections that come are refused.
+    pub fn shut(&self) {
+        let Self { outbound4, outbound6, inbound4, inbound6, hbone4, hbone6 } = self;
+        let all =
+            [Some(outbound4), outbound6.as_ref(), Some(inbound4), inbound6.as_ref(), Some(hbone4), hbone6.as_ref()];
+        for listener in all.into_iter().flatten() {
+            // One that listens no more is not connected, and that is the only error.
+            let _ = nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        }
+    }
 }
 
 /// An identity with the key that proves it.

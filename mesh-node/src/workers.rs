@@ -57,7 +57,11 @@ impl Serving {
 
     /// Whether it has connections, tunnels, or some that are being set up.
     fn is_busy(&self) -> bool {
-        self.permits.available_permits() < MAX_CONNECTIONS_PER_WORKLOAD
+        self.taken() > 0
+    }
+
+    fn taken(&self) -> usize {
+        MAX_CONNECTIONS_PER_WORKLOAD - self.permits.available_permits()
     }
 
     /// Whether connections that are being set up must be given up.
@@ -102,6 +106,8 @@ impl std::fmt::Debug for Worker {
 #[derive(Debug, Clone, Default)]
 struct Desired {
     serving: Arc<BTreeMap<WorkloadUid, Arc<Serving>>>,
+    /// Accepted from no more; what they have goes on.
+    leaving: Arc<Vec<Arc<Serving>>>,
     /// Grows when the view has changed.
     view: u64,
 }
@@ -180,6 +186,50 @@ impl DataPath {
         }
     }
 
+    /// Accepts no more connections of a workload, and closes its listeners; the connections that it has go on, until they
+    /// end or [`Self::cut`] ends them.
+    pub fn stop_listening(&self, enrolled: &Arc<Enrolled>) {
+        self.desired.send_modify(|desired| {
+            if !desired.serving.get(&enrolled.uid).is_some_and(|serving| Arc::ptr_eq(&serving.enrolled, enrolled)) {
+                return;
+            }
+            let mut serving = (*desired.serving).clone();
+            let mut leaving = (*desired.leaving).clone();
+            if let Some(old) = serving.remove(&enrolled.uid) {
+                old.phase.send_replace(Phase::Draining);
+                leaving.push(old);
+            }
+            // Its tunnels take no further connections, because the view does not have it.
+            *desired = Desired { serving: Arc::new(serving), leaving: Arc::new(leaving), view: desired.view + 1 };
+        });
+        enrolled.listeners.shut();
+    }
+
+    /// Connections of a workload, those that are being set up and tunnels among them.
+    pub fn carries(&self, enrolled: &Arc<Enrolled>) -> usize {
+        let live: usize = self.connections.iter().map(|connections| connections.concerning(enrolled)).sum();
+        let desired = self.desired.borrow();
+        let mut all = desired.serving.values().chain(desired.leaving.iter());
+        let serving = all.find(|serving| Arc::ptr_eq(&serving.enrolled, enrolled));
+        live.max(serving.map_or(0, |serving| serving.taken()))
+    }
+
+    /// Ends what is left of a workload that listens no more.
+    pub fn cut(&self, enrolled: &Arc<Enrolled>) {
+        self.desired.send_modify(|desired| {
+            let (gone, leaving) =
+                desired.leaving.iter().cloned().partition(|serving| Arc::ptr_eq(&serving.enrolled, enrolled));
+            desired.leaving = Arc::new(leaving);
+            let gone: Vec<Arc<Serving>> = gone;
+            for serving in gone {
+                serving.phase.send_replace(Phase::Stopped);
+            }
+        });
+        for connections in &self.connections {
+            connections.close_enrolment(enrolled);
+        }
+    }
+
     /// The view has changed: live connections are judged again, tunnels that it does not cover any more are dropped.
     pub fn config_changed(&self) {
         self.desired.send_modify(|desired| desired.view += 1);
@@ -208,8 +258,9 @@ impl DataPath {
     /// Waits until nobody holds a permit: those that are accepted and not connected yet count too.
     async fn wait_for_connections(&self, at_most: Duration) {
         let end = Instant::now() + at_most;
-        let serving = Arc::clone(&self.desired.borrow().serving);
-        while serving.values().any(|serving| serving.is_busy()) && Instant::now() < end {
+        let Desired { serving, leaving, .. } = self.desired.borrow().clone();
+        let is_busy = || serving.values().chain(leaving.iter()).any(|serving| serving.is_busy());
+        while is_busy() && Instant::now() < end {
             sleep(DRAIN_POLL).await;
         }
     }
@@ -227,7 +278,8 @@ impl DataPath {
     }
 
     fn all_enter(&self, phase: Phase) {
-        for serving in self.desired.borrow().serving.values() {
+        let desired = self.desired.borrow();
+        for serving in desired.serving.values().chain(desired.leaving.iter()) {
             serving.phase.send_replace(phase);
         }
     }

@@ -1,8 +1,11 @@
 //! Running workloads enter the mesh and leave it: what they say to each other goes on.
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+use std::net::SocketAddr;
+
 use mesh_ctl::sandbox::Enrolment;
-use mesh_tests::mesh_bed::{Attempt, MeshBed, Stream, eventually, two_nodes};
+use mesh_ebpf_common::HBONE_PORT;
+use mesh_tests::mesh_bed::{Attempt, Held, MeshBed, Stream, eventually, two_nodes};
 
 /// Times that each workload enters the mesh: what is lost is lost in milliseconds of each time.
 const ROUNDS: usize = 5;
@@ -67,4 +70,77 @@ fn while_running_workloads_enter_the_mesh_no_connection_fails() {
         assert_eq!(held.say("after"), "after", "a connection of before");
         none_failed(streams);
     }
+}
+
+/// Connections that stay, of all pairs.
+fn held(bed: &MeshBed) -> Vec<(&'static str, Held)> {
+    let pairs = [("client", "far"), ("client", "near"), ("far", "near"), ("near", "far")];
+    pairs.into_iter().map(|(from, to)| (from, bed.hold(from, bed.address(to)))).collect()
+}
+
+fn all_say(held: &mut [(&'static str, Held)], word: &str) {
+    for (from, held) in held {
+        assert_eq!(held.say(word), word, "from {from}");
+    }
+}
+
+/// What a node's proxy says of a workload that left.
+fn left(bed: &MeshBed, node: &str, workload: &str) -> Option<String> {
+    let rows = bed.status(node).unwrap().enrolled;
+    rows.into_iter().find(|row| row.name == workload && row.state.starts_with("left the mesh")).map(|row| row.state)
+}
+
+#[test]
+fn while_running_workloads_leave_the_mesh_no_connection_fails_and_old_ones_go_on() {
+    let mut bed = MeshBed::up("leave", two_nodes());
+    for round in 0..ROUNDS {
+        eventually("mutual TLS", || is_mutual(&bed).then_some(()));
+        let mut streams = streams(&bed);
+        let mut held = held(&bed);
+        all_say(&mut held, "before");
+        some_more(&mut streams);
+        let mut order = ["client", "near", "far"];
+        order.rotate_left(round % 3);
+        for workload in order {
+            bed.sandbox.enrol(workload, Enrolment::None).unwrap();
+        }
+        some_more(&mut streams);
+        all_say(&mut held, "after");
+        eventually("connections in clear", || (!is_mutual(&bed)).then_some(()));
+        let listens = |workload| {
+            let tunnels = SocketAddr::new(bed.address(workload).ip(), HBONE_PORT);
+            bed.stream("client", tunnels).wait("an attempt", |_| true).outcome != "ConnectionRefused"
+        };
+        eventually("no more listeners", || ["near", "far"].into_iter().all(|to| !listens(to)).then_some(()));
+        all_say(&mut held, "long after");
+        for (node, workload) in [("node-a", "client"), ("node-a", "near"), ("node-b", "far")] {
+            let said = left(&bed, node, workload).unwrap_or_default();
+            assert!(said.contains(" connections go on") && !said.contains(" 0 connections"), "{workload}: {said}");
+        }
+        let again = (round % 2 == 0).then_some(held);
+        if again.is_none() {
+            for (node, workload) in [("node-a", "client"), ("node-a", "near"), ("node-b", "far")] {
+                eventually("the end of what it left", || left(&bed, node, workload).is_none().then_some(()));
+            }
+        }
+        none_failed(streams);
+        for workload in ["client", "near", "far"] {
+            bed.sandbox.enrol(workload, Enrolment::Mesh).unwrap();
+        }
+        if let Some(mut held) = again {
+            all_say(&mut held, "in the mesh again");
+        }
+    }
+}
+
+#[test]
+fn a_workload_that_dies_after_it_left_takes_its_connections_along() {
+    let mut bed = MeshBed::up("died", two_nodes());
+    let mut held = bed.hold("client", bed.address("far"));
+    assert_eq!(held.say("before"), "before");
+    bed.sandbox.enrol("far", Enrolment::None).unwrap();
+    assert_eq!(held.say("after"), "after");
+    bed.sandbox.remove_workload("far").unwrap();
+    eventually("the end", || held.say("dead").starts_with("closed").then_some(()));
+    eventually("nothing of it", || left(&bed, "node-b", "far").is_none().then_some(()));
 }

@@ -74,7 +74,7 @@ impl Desk {
             Command::Del => {
                 let mut pods = self.pods();
                 if pods.unplug(&request.container) {
-                    self.board.post(pods.desired());
+                    self.board.post(pods.desired(), pods.living());
                 }
                 Answer::Proceed
             }
@@ -112,7 +112,7 @@ impl Desk {
             // Posted under the lock: what is posted later knows more.
             let mut pods = self.pods();
             pods.plug(found.uid.clone(), plugged);
-            self.board.post(pods.desired());
+            self.board.post(pods.desired(), pods.living());
         }
         let netns = Netns::Held(netns);
         loop {

@@ -126,19 +126,31 @@ impl Pods {
         self.all_members().map(|(uid, pod, netns)| (uid.clone(), enrol(pod, netns))).collect()
     }
 
-    /// Whether it belongs to the mesh.
-    pub fn is_member(&self, pod: &Pod) -> bool {
-        let ended = matches!(pod.phase, PodPhase::Succeeded | PodPhase::Failed);
-        !ended && enrolment(self.namespaces.get(&pod.meta.namespace), pod) == Enrolment::Enrolled
+    /// UIDs of pods that have not ended, members or not.
+    pub fn living(&self) -> BTreeSet<String> {
+        self.all().filter(|(_, pod)| !has_ended(pod)).map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Members with their network namespaces: those that were heard of, then those that were only told of.
-    fn all_members(&self) -> impl Iterator<Item = (&String, &Pod, Option<&Arc<File>>)> {
-        let unheard = self.plugged.iter().filter(|(uid, _)| !self.pods.contains_key(*uid));
-        let all = self.pods.iter().chain(unheard.map(|(uid, plugged)| (uid, &plugged.pod)));
-        let netns = |uid: &String| self.plugged.get(uid).map(|plugged| &plugged.netns).or_else(|| self.netns.get(uid));
-        all.filter(|(_, pod)| self.is_member(pod)).map(move |(uid, pod)| (uid, pod, netns(uid)))
+    /// Whether it belongs to the mesh.
+    pub fn is_member(&self, pod: &Pod) -> bool {
+        !has_ended(pod) && enrolment(self.namespaces.get(&pod.meta.namespace), pod) == Enrolment::Enrolled
     }
+
+    /// Pods that were heard of, then those that were only told of.
+    fn all(&self) -> impl Iterator<Item = (&String, &Pod)> {
+        let unheard = self.plugged.iter().filter(|(uid, _)| !self.pods.contains_key(*uid));
+        self.pods.iter().chain(unheard.map(|(uid, plugged)| (uid, &plugged.pod)))
+    }
+
+    /// Members with their network namespaces.
+    fn all_members(&self) -> impl Iterator<Item = (&String, &Pod, Option<&Arc<File>>)> {
+        let netns = |uid: &String| self.plugged.get(uid).map(|plugged| &plugged.netns).or_else(|| self.netns.get(uid));
+        self.all().filter(|(_, pod)| self.is_member(pod)).map(move |(uid, pod)| (uid, pod, netns(uid)))
+    }
+}
+
+fn has_ended(pod: &Pod) -> bool {
+    matches!(pod.phase, PodPhase::Succeeded | PodPhase::Failed)
 }
 
 fn enrol(pod: &Pod, netns: Option<&Arc<File>>) -> Enrol {
@@ -200,6 +212,7 @@ mod tests {
     #[test]
     fn labels_of_pod_and_namespace_say_who_belongs_to_the_mesh() {
         assert_eq!(world().members(), ["1", "3"].map(String::from).into());
+        assert_eq!(world().living(), ["1", "2", "3", "4", "6"].map(String::from).into());
     }
 
     #[test]

@@ -17,7 +17,7 @@ fn messages_by_their_field_numbers() {
     let info_bytes = [bytes(1, b"web-1"), bytes(2, b"ns"), bytes(3, b"sa")].concat();
     let cases = [
         (Payload::Add(add), bytes(1, &[bytes(1, b"u"), bytes(2, &info_bytes)].concat())),
-        (Payload::Del(DelWorkload { uid: "u".into() }), bytes(2, &bytes(2, b"u"))),
+        (Payload::Del(DelWorkload { uid: "u".into(), lives_on: false }), bytes(2, &bytes(2, b"u"))),
         (Payload::SnapshotSent(SnapshotSent {}), bytes(3, b"")),
         (Payload::Keep(KeepWorkload { uid: "u".into() }), bytes(5, &bytes(1, b"u"))),
     ];
@@ -43,7 +43,7 @@ fn request() -> impl Strategy<Value = WorkloadRequest> {
     let payload = prop_oneof![
         (text(), prop::option::of(info))
             .prop_map(|(uid, workload_info)| Payload::Add(AddWorkload { uid, workload_info })),
-        text().prop_map(|uid| Payload::Del(DelWorkload { uid })),
+        (text(), any::<bool>()).prop_map(|(uid, lives_on)| Payload::Del(DelWorkload { uid, lives_on })),
         text().prop_map(|uid| Payload::Keep(KeepWorkload { uid })),
         Just(Payload::SnapshotSent(SnapshotSent {})),
     ];

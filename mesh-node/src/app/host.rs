@@ -31,6 +31,14 @@ impl Host for NodeHost {
         enrol::renew(&self.capture, workload)
     }
 
+    fn let_go(&self, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), String> {
+        self.capture.let_go(cookie, netns).map_err(|error| enrol::chain(&error))
+    }
+
+    fn is_gone(&self, netns: BorrowedFd<'_>) -> bool {
+        enrol::is_gone(netns)
+    }
+
     fn release(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), String> {
         self.capture.unenroll(cookie, netns).map_err(|error| enrol::chain(&error))
     }
@@ -62,6 +70,18 @@ impl Host for NodeHost {
 
     fn stop(&self, uid: &WorkloadUid) {
         self.datapath.stop(uid);
+    }
+
+    fn stop_listening(&self, workload: &Arc<Enrolled>) {
+        self.datapath.stop_listening(workload);
+    }
+
+    fn carries(&self, workload: &Arc<Enrolled>) -> usize {
+        self.datapath.carries(workload)
+    }
+
+    fn cut(&self, workload: &Arc<Enrolled>) {
+        self.datapath.cut(workload);
     }
 
     fn certificate(&self, id: SpiffeId) -> CertificateAnswer {

@@ -15,7 +15,7 @@ use super::gate::ShutGate;
 use super::guard::Place;
 use super::netns::{Interface, find_netns, in_netns, interfaces, netns_cookie};
 use super::pins::{CLSACT_SUFFIX, GATE, InterfacePin, LOOKUP, entries};
-use super::programs::{INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link, is_at_node_end};
+use super::programs::{INGRESS_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link, is_at_node_end};
 use super::sock_diag::{LISTEN, SYN_RECV, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
 use super::{Capture, ListenerFds, inner_route, insert, tc};
@@ -121,6 +121,21 @@ impl Capture {
             context(inside, || format!("enter the network namespace of {uid}"))??;
         self.attach_lookup(programs, directory, request)?;
         Ok(Enrollment { cookie, interfaces, node_ends, preexisting })
+    }
+
+    /// Captures no more connections of a workload, and leaves what those need that were captured already: their routes and
+    /// their notes. [`Self::unenroll`] takes these away.
+    pub fn let_go(&self, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
+        let _no_guard_meanwhile = self.programs();
+        let _alone = self.lock()?;
+        self.watches.remove(cookie);
+        detach_all(&self.pins.workload(cookie), Some(netns), self.node.as_fd())?;
+        // Last: what is captured until now the proxy carries, guarded or not.
+        let what = || format!("let go the workload with cookie {cookie}");
+        let known: Option<Workload> = context(sys::lookup(self.maps.workloads.as_fd(), &cookie), what)?;
+        let Some(known) = known else { return Ok(()) };
+        let let_go = Workload { generation: Workload::LET_GO, ..known };
+        insert(&self.maps.workloads, maps::WORKLOADS, &cookie, &let_go)
     }
 
     /// Ends the enrolment of a workload; its connections are no longer captured. `netns` is needed to undo routing and
@@ -302,27 +317,43 @@ fn is_gone(directory: &Path) -> Result<bool, CaptureError> {
     Ok(false)
 }
 
-/// Detaches all that is pinned for a workload. Returns what it removed.
+/// Detaches all that is pinned for a workload, and undoes its routing. Returns what it removed.
 pub(super) fn remove_pins(
     directory: &Path,
     netns: Option<BorrowedFd<'_>>,
     node: BorrowedFd<'_>,
 ) -> Result<Vec<String>, CaptureError> {
+    let mut removed = detach_all(directory, netns, node)?;
+    if let Some(netns) = netns {
+        let what = || format!("undo the routing of {}", directory.display());
+        context(in_netns(netns, inner_route::tear_down).and_then(|done| done), what)?;
+        removed.push(format!("routing rules in the namespace of {}", directory.display()));
+    }
+    Ok(removed)
+}
+
+/// Detaches all that is pinned for a workload. Returns what it removed.
+///
+/// What judges segments on their way in goes last: what it lets the application take must be answered.
+fn detach_all(
+    directory: &Path,
+    netns: Option<BorrowedFd<'_>>,
+    node: BorrowedFd<'_>,
+) -> Result<Vec<String>, CaptureError> {
     let what = || format!("remove {}", directory.display());
-    let pins = context(entries(directory), what)?;
+    let mut pins = context(entries(directory), what)?;
+    pins.sort_by_key(|pin| pin.to_string_lossy().contains(INGRESS_PROGRAM));
     let mut removed = Vec::new();
     let clsact = pins
         .iter()
         .filter_map(|pin| InterfacePin::parse(pin.file_name()?.to_str()?, &INTERFACE_PROGRAMS))
         .filter(|pin| pin.clsact);
     let (at_node, inside): (Vec<_>, Vec<_>) = clsact.partition(|pin| is_at_node_end(pin.program));
-    if let Some(netns) = netns {
-        let undone = in_netns(netns, || detach(&inside).and_then(|()| inner_route::tear_down()));
-        context(undone.and_then(|done| done), what)?;
-        removed.push(format!("routing rules in the namespace of {}", directory.display()));
-    }
     if !at_node.is_empty() {
         context(in_netns(node, || detach(&at_node)).and_then(|done| done), what)?;
+    }
+    if let Some(netns) = netns {
+        context(in_netns(netns, || detach(&inside)).and_then(|done| done), what)?;
     }
     for pin in &pins {
         context(std::fs::remove_file(pin), || format!("remove {}", pin.display()))?;

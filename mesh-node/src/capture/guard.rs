@@ -55,7 +55,7 @@ impl Capture {
         let Some(netns) = netns else { return Ok(Vec::new()) };
         let enrolled: Option<Workload> =
             context(sys::lookup(self.maps.workloads.as_fd(), &cookie), || format!("look up {name}"))?;
-        if enrolled.is_none() {
+        if enrolled.is_none_or(|workload| workload.is_let_go()) {
             // Another proxy, which this one takes over from, has ended the enrolment.
             self.watches.remove(cookie);
             return Ok(Vec::new());

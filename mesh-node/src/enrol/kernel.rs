@@ -88,6 +88,16 @@ pub fn renew(capture: &Capture, workload: &Enrolled) -> Result<(), String> {
     enroll(capture, &workload.uid, netns, addresses, &fds)
 }
 
+/// Whether a namespace has no interface but loopback: what runs a pod takes the other away when the pod is dead.
+pub fn is_gone(netns: BorrowedFd<'_>) -> bool {
+    let has_link = || -> io::Result<bool> {
+        let mut interfaces = nix::ifaddrs::getifaddrs()?;
+        Ok(interfaces.any(|interface| !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)))
+    };
+    // What cannot be told is not taken for dead.
+    matches!(in_netns(netns, has_link), Ok(Ok(false)))
+}
+
 fn enroll(
     capture: &Capture,
     uid: &WorkloadUid,

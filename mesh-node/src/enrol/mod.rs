@@ -25,7 +25,7 @@ use mesh_core::workload::WorkloadUid;
 use crate::runtime::Enrolled;
 
 pub use kept::{Adopted, adopt};
-pub use kernel::{Captured, NotCaptured, capture, chain, renew};
+pub use kernel::{Captured, NotCaptured, capture, chain, is_gone, renew};
 pub use metrics::EnrolMetrics;
 pub use roster::Roster;
 pub use session::Session;
@@ -43,6 +43,10 @@ pub trait Host: Send + Sync + 'static {
     fn capture(&self, uid: &WorkloadUid, netns: OwnedFd) -> Result<Captured, NotCaptured>;
     /// Captures again with what changed in the namespace. Blocks.
     fn renew(&self, workload: &Enrolled) -> Result<(), String>;
+    /// Captures nothing new of a namespace, and leaves what captured connections need. Blocks.
+    fn let_go(&self, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), String>;
+    /// Whether nothing leads out of a namespace any more: its workload is dead. Blocks.
+    fn is_gone(&self, netns: BorrowedFd<'_>) -> bool;
     /// Ends the capture of a namespace. Blocks.
     fn release(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), String>;
     /// Cookies of the namespaces that the kernel captures. Blocks.
@@ -57,6 +61,12 @@ pub trait Host: Send + Sync + 'static {
     fn serve(&self, workload: Arc<Enrolled>);
     /// Stops accepting connections of a workload and closes those that there are.
     fn stop(&self, uid: &WorkloadUid);
+    /// Closes the listeners of a workload. Its connections go on.
+    fn stop_listening(&self, workload: &Arc<Enrolled>);
+    /// Connections that a workload has, those that are being set up among them.
+    fn carries(&self, workload: &Arc<Enrolled>) -> usize;
+    /// Closes the connections of a workload that listens no more.
+    fn cut(&self, workload: &Arc<Enrolled>);
     /// Makes sure that there is a certificate, and that it is renewed from now on; answers when there is one, or when
     /// the first attempt failed.
     fn certificate(&self, id: SpiffeId) -> CertificateAnswer;

@@ -26,8 +26,10 @@ pub enum Request {
     Add(Add),
     /// It is still there; its namespace cannot be sent again.
     Keep(WorkloadUid),
-    /// It is gone, or no longer in the mesh.
+    /// It is gone.
     Del(WorkloadUid),
+    /// It lives on without the mesh.
+    LetGo(WorkloadUid),
     /// All that exist were announced.
     SnapshotSent,
 }
@@ -120,6 +122,7 @@ pub fn parse(bytes: &[u8], mut fds: Vec<OwnedFd>) -> Result<Request, BadRequest>
         (Payload::Add(add), Some(netns)) => Request::Add(read_add(add, netns)?),
         (Payload::Add(_), None) => return Err(BadRequest::Descriptors { verb, found: 0, expected }),
         (Payload::Keep(keep), _) => Request::Keep(uid(&keep.uid)?),
+        (Payload::Del(del), _) if del.lives_on => Request::LetGo(uid(&del.uid)?),
         (Payload::Del(del), _) => Request::Del(uid(&del.uid)?),
         (Payload::SnapshotSent(_), _) => Request::SnapshotSent,
     })
@@ -183,6 +186,7 @@ mod tests {
             Ok(Request::Add(add)) => format!("add {} {} {}", add.uid.0, add.info.name, add.info.identity("t")),
             Ok(Request::Keep(uid)) => format!("keep {}", uid.0),
             Ok(Request::Del(uid)) => format!("del {}", uid.0),
+            Ok(Request::LetGo(uid)) => format!("let go {}", uid.0),
             Ok(Request::SnapshotSent) => "snapshot".into(),
             Err(error) => error.to_string(),
         };
@@ -193,7 +197,8 @@ mod tests {
     fn requests_are_read() {
         check(Some(add("u-1", Some(["web-1", "default", "web"]))), 1, "add u-1 web-1 spiffe://t/ns/default/sa/web");
         check(Some(Payload::Keep(zds::KeepWorkload { uid: "a/b//c".into() })), 0, "keep a/b//c");
-        check(Some(Payload::Del(zds::DelWorkload { uid: "u".into() })), 0, "del u");
+        check(Some(Payload::Del(zds::DelWorkload { uid: "u".into(), lives_on: false })), 0, "del u");
+        check(Some(Payload::Del(zds::DelWorkload { uid: "u".into(), lives_on: true })), 0, "let go u");
         check(Some(Payload::SnapshotSent(zds::SnapshotSent {})), 0, "snapshot");
     }
 

@@ -3,6 +3,8 @@
 //! The served ones are in the shared view; here are those that could not be served and what the agent has announced.
 //! A workload that cannot be served stays captured in the kernel, closed, until the agent says that it is gone.
 
+mod leaving;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use mesh_core::workload::WorkloadUid;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
+use self::leaving::Leaving;
 use super::protocol::{Add, Request, WorkloadInfo};
 use super::{Captured, EnrolMetrics, Host, MAX_WORKLOADS, NotCaptured, kept};
 use crate::runtime::{Enrolled, Shared};
@@ -30,6 +33,10 @@ pub struct Roster {
     closed: BTreeMap<WorkloadUid, Closed>,
     /// Served, but without a certificate; why.
     incomplete: BTreeMap<WorkloadUid, String>,
+    /// Served no more, but for connections that they had.
+    leaving: Vec<Leaving>,
+    /// When they were looked at last.
+    looked: Instant,
     /// Adopted and not captured again yet.
     unsettled: BTreeSet<WorkloadUid>,
     /// Descriptors that a predecessor put, of enrolments that are not complete yet.
@@ -79,6 +86,8 @@ impl Roster {
             trust_domain,
             closed: BTreeMap::new(),
             incomplete: BTreeMap::new(),
+            leaving: Vec::new(),
+            looked: Instant::now(),
             unsettled: adopted.into_keys().collect(),
             handed_over: Kept::new(),
             all_announced: false,
@@ -205,6 +214,7 @@ impl Roster {
             Request::Add(add) => self.add(add, deadline).await,
             Request::Keep(uid) => self.keep(uid),
             Request::Del(uid) => self.remove(&uid).await,
+            Request::LetGo(uid) => self.let_go(&uid).await,
             Request::SnapshotSent => {
                 self.announcing_until = None;
                 self.sweep().await
@@ -217,7 +227,7 @@ impl Roster {
     /// All workloads with their states, in order.
     pub fn rows(&self) -> Vec<EnrolledWorkload> {
         let view = self.shared.view.load();
-        let served = view.enrolled.values().map(|workload| {
+        let served = view.enrolled.values().filter(|workload| !self.is_leaving(&workload.uid)).map(|workload| {
             let info = kept::info(workload);
             let missing = self.incomplete.get(&workload.uid);
             // The schedule of certificates has gone on asking.
@@ -225,7 +235,7 @@ impl Roster {
             row(&workload.uid, &info, workload.cookie, missing.map_or("ready", String::as_str))
         });
         let closed = self.closed.iter().map(|(uid, c)| row(uid, &c.info, c.cookie.unwrap_or_default(), &c.reason));
-        let mut rows: Vec<_> = served.chain(closed).collect();
+        let mut rows: Vec<_> = served.chain(closed).chain(self.leaving_rows()).collect();
         rows.sort_by(|a, b| a.uid.cmp(&b.uid));
         rows
     }
@@ -236,6 +246,7 @@ impl Roster {
 
     async fn add(&mut self, add: Add, deadline: Instant) -> Result<(), String> {
         self.announced.insert(add.uid.clone());
+        self.close_listeners_of(&add.uid);
         self.refuse_shared_namespace(&add)?;
         match self.enrolled(&add.uid) {
             Some(known) if kept::info(&known) == add.info && same_file(known.netns.as_fd(), add.netns.as_fd()) => {
@@ -354,6 +365,7 @@ impl Roster {
     async fn remove(&mut self, uid: &WorkloadUid) -> Result<(), String> {
         self.announced.remove(uid);
         self.incomplete.remove(uid);
+        self.end_all_leaving(uid).await;
         if let Some(closed) = self.closed.remove(uid) {
             return self.release_closed(uid, closed).await;
         }
@@ -397,7 +409,9 @@ impl Roster {
     fn give_up_certificate_of(&self, gone: &Enrolled) {
         let id = kept::info(gone).identity(&self.trust_domain);
         let view = self.shared.view.load();
-        if !view.enrolled.values().any(|workload| kept::info(workload).identity(&self.trust_domain) == id) {
+        let leaving = self.leaving.iter().map(|leaving| &leaving.workload);
+        let mut others = view.enrolled.values().chain(leaving);
+        if !others.any(|workload| kept::info(workload).identity(&self.trust_domain) == id) {
             self.host.give_up_certificate(&id);
         }
     }
@@ -406,7 +420,7 @@ impl Roster {
     async fn sweep(&mut self) -> Result<(), String> {
         let enrolled: Vec<WorkloadUid> = self.shared.view.load().enrolled.keys().cloned().collect();
         let known = enrolled.into_iter().chain(self.closed.keys().cloned());
-        let gone: Vec<_> = known.filter(|uid| !self.announced.contains(uid)).collect();
+        let gone: Vec<_> = known.filter(|uid| !self.announced.contains(uid) && !self.is_leaving(uid)).collect();
         let mut failed = Vec::new();
         for uid in gone {
             failed.extend(self.remove(&uid).await.err());
@@ -420,7 +434,9 @@ impl Roster {
     async fn release_unknown(&self) -> Result<(), String> {
         let view = self.shared.view.load_full();
         let served = view.enrolled.values().map(|workload| workload.cookie);
-        let known: BTreeSet<u64> = served.chain(self.closed.values().filter_map(|closed| closed.cookie)).collect();
+        let leaving = self.leaving.iter().map(|leaving| leaving.workload.cookie);
+        let closed = self.closed.values().filter_map(|closed| closed.cookie);
+        let known: BTreeSet<u64> = served.chain(leaving).chain(closed).collect();
         let host = Arc::clone(&self.host);
         blocking(move || {
             let unknown = host.captured()?.into_iter().filter(|cookie| !known.contains(cookie));

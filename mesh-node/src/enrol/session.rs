@@ -84,14 +84,26 @@ impl Session {
         }
     }
 
-    /// Waits for something, and does what a predecessor does meanwhile.
+    /// Waits for something; meanwhile does what a predecessor does, and looks after workloads that left.
     async fn following<T>(&mut self, something: impl Future<Output = T>) -> T {
         tokio::pin!(something);
         loop {
+            let look = self.roster.next_look();
+            let look = async {
+                match look {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 change = self.predecessor.next() => {
                     self.roster.follow(change);
+                    let workloads = self.roster.rows();
+                    self.status.send_modify(|status| status.workloads = workloads);
+                }
+                () = look => {
+                    self.roster.look_at_leaving(tokio::time::Instant::now()).await;
                     let workloads = self.roster.rows();
                     self.status.send_modify(|status| status.workloads = workloads);
                 }

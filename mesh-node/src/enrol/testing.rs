@@ -43,6 +43,8 @@ pub(super) struct FakeHost {
     pub(super) fails: Mutex<BTreeSet<&'static str>>,
     pub(super) captured: Mutex<BTreeSet<u64>>,
     pub(super) kept: Mutex<BTreeSet<String>>,
+    /// Connections that every workload has.
+    pub(super) carried: Mutex<usize>,
 }
 
 impl FakeHost {
@@ -90,6 +92,15 @@ impl Host for FakeHost {
         self.outcome("renew")
     }
 
+    fn let_go(&self, _cookie: u64, _netns: BorrowedFd<'_>) -> Result<(), String> {
+        self.note("let go".into());
+        self.outcome("let go")
+    }
+
+    fn is_gone(&self, _netns: BorrowedFd<'_>) -> bool {
+        self.outcome("alive").is_err()
+    }
+
     fn release(&self, cookie: u64, netns: Option<BorrowedFd<'_>>) -> Result<(), String> {
         self.note(format!("release{}", if netns.is_some() { "" } else { " unknown" }));
         self.captured.lock().expect("lock").remove(&cookie);
@@ -121,6 +132,18 @@ impl Host for FakeHost {
 
     fn stop(&self, uid: &WorkloadUid) {
         self.note(format!("stop {}", uid.0));
+    }
+
+    fn stop_listening(&self, workload: &Arc<Enrolled>) {
+        self.note(format!("stop listening {}", workload.uid.0));
+    }
+
+    fn carries(&self, _workload: &Arc<Enrolled>) -> usize {
+        *self.carried.lock().expect("lock")
+    }
+
+    fn cut(&self, workload: &Arc<Enrolled>) {
+        self.note(format!("cut {}", workload.uid.0));
     }
 
     fn certificate(&self, id: SpiffeId) -> CertificateAnswer {

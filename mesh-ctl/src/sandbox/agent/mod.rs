@@ -5,7 +5,7 @@
 
 pub mod control;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -67,8 +67,9 @@ impl Shared {
             let enrol = Enrol { key: w.key(), info, netns: Netns::Path(self.layout.netns(&w.key())) };
             desired.entry(w.node.clone()).or_default().insert(w.uid.clone(), enrol);
         }
+        let living: BTreeSet<String> = state.topology.workloads.iter().map(|w| w.uid.clone()).collect();
         for (node, board) in &self.boards {
-            board.post(desired.remove(node).unwrap_or_default());
+            board.post(desired.remove(node).unwrap_or_default(), living.clone());
         }
         Ok(())
     }

@@ -67,6 +67,84 @@ async fn a_workload_is_captured_then_certified_then_served_and_all_is_undone_whe
     scene.expect(del("a"), Ok(()), &[]).await;
 }
 
+fn let_go(uid: &str) -> Request {
+    Request::LetGo(WorkloadUid(uid.into()))
+}
+
+#[tokio::test]
+async fn what_a_workload_that_left_needs_stays_until_its_last_connection_has_ended() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+    *scene.host.carried.lock().expect("lock") = 3;
+    assert_eq!(scene.roster.next_look(), None);
+    scene.expect(let_go("a"), Ok(()), &["let go"]).await;
+    scene.expect(let_go("a"), Ok(()), &[]).await;
+    assert!(scene.kept_uids().is_empty(), "the next proxy must not serve it");
+    assert_eq!(scene.states(), ["a left the mesh; 3 connections go on, at most 60 min"]);
+    assert_eq!(scene.served(), ["a"], "what was captured is still accepted");
+    // Not announced, and not gone either.
+    scene.expect(Request::SnapshotSent, Ok(()), &[]).await;
+    let mut asked = Vec::new();
+    for _ in 0..20 {
+        let look = scene.roster.next_look().expect("a look");
+        scene.roster.look_at_leaving(look).await;
+        asked.extend(scene.host.asked());
+    }
+    assert_eq!(asked, ["stop listening a"]);
+    assert!(scene.served().is_empty());
+    *scene.host.carried.lock().expect("lock") = 0;
+    scene.roster.look_at_leaving(Instant::now()).await;
+    assert_eq!(scene.host.asked(), ["cut a", "release", "give up web"]);
+    assert_eq!((scene.states().len(), scene.roster.next_look()), (0, None));
+}
+
+#[tokio::test]
+async fn a_workload_that_left_ends_with_its_time_its_life_and_its_pod() {
+    for end in ["time", "life", "pod"] {
+        let mut scene = scene(Vec::new());
+        scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+        *scene.host.carried.lock().expect("lock") = 1;
+        scene.expect(let_go("a"), Ok(()), &["let go"]).await;
+        let mut now = Instant::now() + Duration::from_secs(60);
+        scene.roster.look_at_leaving(now).await;
+        assert_eq!(scene.host.asked(), ["stop listening a"], "{end}");
+        match end {
+            "time" => now += Duration::from_secs(3600),
+            "life" => scene.host.fail("alive"),
+            _pod => scene.expect(del("a"), Ok(()), &["cut a", "release", "give up web"]).await,
+        }
+        scene.roster.look_at_leaving(now).await;
+        let expected: &[&str] = if end == "pod" { &[] } else { &["cut a", "release", "give up web"] };
+        assert_eq!(scene.host.asked(), expected, "{end}");
+    }
+}
+
+#[tokio::test]
+async fn a_workload_that_enters_again_keeps_its_old_connections_and_what_they_need() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    scene.expect(add("a", "web", &netns), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+    *scene.host.carried.lock().expect("lock") = 1;
+    scene.expect(let_go("a"), Ok(()), &["let go"]).await;
+    let again = ["stop listening a", "capture a", "certificate web", "serve a"];
+    scene.expect(add("a", "web", &netns), Ok(()), &again).await;
+    assert_eq!(scene.states(), ["a ready", "a left the mesh; 1 connections go on, at most 60 min"]);
+    *scene.host.carried.lock().expect("lock") = 0;
+    scene.roster.look_at_leaving(Instant::now()).await;
+    assert_eq!(scene.host.asked(), ["cut a"], "routes and certificate are those of the new enrolment too");
+    assert_eq!(scene.served(), ["a"]);
+}
+
+#[tokio::test]
+async fn a_workload_that_cannot_be_let_go_is_released() {
+    let mut scene = scene(Vec::new());
+    scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+    scene.host.fail("let go");
+    scene.expect(let_go("a"), Ok(()), &["let go", "stop a", "release", "give up web"]).await;
+    assert!(scene.served().is_empty());
+}
+
 #[tokio::test]
 async fn a_certificate_is_given_up_with_its_last_workload() {
     let mut scene = scene(Vec::new());

@@ -1,0 +1,161 @@
+//! Workloads that have left the mesh while they live on: their connections go on, and what these need stays until the
+//! last of them has ended.
+//!
+//! First the kernel captures nothing new, then the listeners close, then routes and certificate go.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::admin::EnrolledWorkload;
+use mesh_core::workload::WorkloadUid;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::super::{MAX_WORKLOADS, kept};
+use super::{Roster, blocking, row};
+use crate::runtime::Enrolled;
+
+/// How long the listeners of a workload stay open after it left. What was captured has been accepted by then, and its
+/// peers have heard that it is reached without a tunnel.
+const LISTENS_ON: Duration = Duration::from_secs(2);
+/// Longest time that connections of a workload go on after it left.
+pub(super) const GOES_ON: Duration = Duration::from_secs(3600);
+/// Between two looks at the workloads that left.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// A workload that has left.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    pub(super) workload: Arc<Enrolled>,
+    since: Instant,
+    /// Its listeners are open, and the view has it.
+    listens: bool,
+}
+
+impl Leaving {
+    fn is_of(&self, uid: &WorkloadUid) -> bool {
+        self.workload.uid == *uid
+    }
+}
+
+impl Roster {
+    /// When [`Self::look_at_leaving`] may have something to do.
+    pub fn next_look(&self) -> Option<Instant> {
+        (!self.leaving.is_empty()).then(|| self.looked + LOOK_EVERY)
+    }
+
+    /// Captures no more of a workload that lives on, and lets its connections go on.
+    pub(super) async fn let_go(&mut self, uid: &WorkloadUid) -> Result<(), String> {
+        let served = self.enrolled(uid).filter(|_| self.leaving.len() < MAX_WORKLOADS);
+        // One that is closed has no connections.
+        let Some(workload) = served else { return self.remove(uid).await };
+        if self.is_leaving(uid) {
+            return Ok(());
+        }
+        self.announced.remove(uid);
+        self.incomplete.remove(uid);
+        self.forget(uid);
+        let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
+        if let Err(error) = blocking(move || host.let_go(gone.cookie, gone.netns.as_fd())).await {
+            warn!(workload = &*workload.name, %error, "its connections cannot go on");
+            return self.remove(uid).await;
+        }
+        info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left; its connections go on");
+        self.looked = Instant::now();
+        self.leaving.push(Leaving { workload, since: self.looked, listens: true });
+        Ok(())
+    }
+
+    /// Whether the enrolment that the view has is one that ends.
+    pub(super) fn is_leaving(&self, uid: &WorkloadUid) -> bool {
+        self.leaving.iter().any(|leaving| leaving.listens && leaving.is_of(uid))
+    }
+
+    /// Ends what is over of the workloads that left.
+    pub async fn look_at_leaving(&mut self, now: Instant) {
+        self.looked = now;
+        for leaving in std::mem::take(&mut self.leaving) {
+            let leaving = self.close_when_due(leaving);
+            let (host, workload) = (Arc::clone(&self.host), Arc::clone(&leaving.workload));
+            let is_dead = blocking(move || Ok(host.is_gone(workload.netns.as_fd()))).await.unwrap_or(false);
+            let is_over = self.looked >= leaving.since + GOES_ON;
+            if is_dead || is_over || (!leaving.listens && self.host.carries(&leaving.workload) == 0) {
+                self.end_leaving(self.close(leaving).workload).await;
+            } else {
+                self.leaving.push(leaving);
+            }
+        }
+        self.count();
+    }
+
+    /// Ends all that is left of a workload that left.
+    pub(super) async fn end_all_leaving(&mut self, uid: &WorkloadUid) {
+        let (gone, others) = std::mem::take(&mut self.leaving).into_iter().partition(|leaving| leaving.is_of(uid));
+        self.leaving = others;
+        let gone: Vec<Leaving> = gone;
+        for leaving in gone {
+            self.end_leaving(self.close(leaving).workload).await;
+        }
+    }
+
+    /// It enters again: its listeners make room for new ones, its connections go on.
+    pub(super) fn close_listeners_of(&mut self, uid: &WorkloadUid) {
+        for leaving in std::mem::take(&mut self.leaving) {
+            let leaving = if leaving.is_of(uid) { self.close(leaving) } else { leaving };
+            self.leaving.push(leaving);
+        }
+    }
+
+    /// Rows of workloads that left.
+    pub(super) fn leaving_rows(&self) -> impl Iterator<Item = EnrolledWorkload> {
+        self.leaving.iter().map(|Leaving { workload, since, .. }| {
+            let left = (*since + GOES_ON).saturating_duration_since(Instant::now()).as_secs().div_ceil(60);
+            let connections = self.host.carries(workload);
+            let state = format!("left the mesh; {connections} connections go on, at most {left} min");
+            row(&workload.uid, &kept::info(workload), workload.cookie, &state)
+        })
+    }
+
+    fn close_when_due(&self, leaving: Leaving) -> Leaving {
+        if self.looked >= leaving.since + LISTENS_ON { self.close(leaving) } else { leaving }
+    }
+
+    /// Serves no new connections of it.
+    fn close(&self, leaving: Leaving) -> Leaving {
+        if !leaving.listens {
+            return leaving;
+        }
+        let workload = &leaving.workload;
+        self.shared.update(|view| {
+            let mut enrolled = view.enrolled.clone();
+            if enrolled.get(&workload.uid).is_some_and(|now| Arc::ptr_eq(now, workload)) {
+                enrolled.remove(&workload.uid);
+            }
+            view.with_enrolled(enrolled)
+        });
+        self.host.stop_listening(workload);
+        self.metrics.stopped.inc();
+        Leaving { listens: false, ..leaving }
+    }
+
+    /// Undoes what was left for its connections, and ends those that there are.
+    async fn end_leaving(&mut self, workload: Arc<Enrolled>) {
+        self.host.cut(&workload);
+        let is_here = self.shared.view.load().enrolled.values().any(|now| now.cookie == workload.cookie)
+            || self.leaving.iter().any(|other| other.workload.cookie == workload.cookie)
+            || self.closed.values().any(|closed| closed.cookie == Some(workload.cookie));
+        if !is_here {
+            let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
+            if let Err(error) = blocking(move || host.release(gone.cookie, Some(gone.netns.as_fd()))).await {
+                warn!(workload = &*workload.name, %error, "something of its enrolment stays");
+            }
+        }
+        info!(
+            workload = &*workload.name,
+            namespace = &*workload.namespace,
+            "the last connections of a workload that left have ended"
+        );
+        self.give_up_certificate_of(&workload);
+    }
+}
