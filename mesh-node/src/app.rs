@@ -199,7 +199,8 @@ impl App {
         self.spawn("interfaces", interfaces);
         self.spawn("kernel events", events::follow(ring, events, outside.shared, end));
         self.spawn("metrics port", metrics::serve(outside.metrics_socket, Arc::new(outside.registry), hand_on.clone()));
-        self.spawn("readiness port", readiness::serve(outside.ready_socket, readiness, hand_on.clone()));
+        let pod = config.pod.as_deref().unwrap_or(&config.node).into();
+        self.spawn("readiness port", readiness::serve(outside.ready_socket, readiness, pod, hand_on.clone()));
         let session = parts.session;
         self.spawn("enrolment", session.run(agent_may_speak, hand_on));
         Ok(self)

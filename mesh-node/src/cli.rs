@@ -11,7 +11,7 @@ use mesh_agent::conflist::{self, PluginConfig};
 use mesh_agent::kubernetes::CniOptions;
 
 use crate::config::{AgentArgs, CleanupArgs, Cli, CniArgs, Command, Config};
-use crate::{app, capture, check, logging, supervisor};
+use crate::{app, capture, check, logging, readiness, supervisor};
 
 /// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
 const RELEASED_WITHIN: Duration = Duration::from_secs(2);
@@ -26,6 +26,7 @@ pub fn main() -> ExitCode {
         Command::Agent(args) => agent(args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Check => Ok(check::run()),
+        Command::Ready(args) => readiness::ask(args.ready_addr, &args.pod),
     };
     done.unwrap_or_else(|error| {
         eprintln!("mesh-node: {error:#}");
@@ -44,6 +45,7 @@ fn run(config: Config) -> anyhow::Result<ExitCode> {
     let status = supervisor::run(supervisor::Options {
         state_dir: config.state_dir,
         takeover: config.takeover,
+        stay: config.stay,
         program: std::env::current_exe().context("path of this program")?,
         args,
         drain: config.drain,

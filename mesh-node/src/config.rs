@@ -42,6 +42,19 @@ pub enum Command {
     Cleanup(CleanupArgs),
     /// Say which kernel features are needed and which are there
     Check,
+    /// Exit with 0 if the node proxy of this pod is ready, for a probe: on one node, two share the readiness port
+    Ready(ReadyArgs),
+}
+
+/// Flags of `ready`.
+#[derive(Debug, Args)]
+pub struct ReadyArgs {
+    /// Pod that should be ready
+    #[arg(long, env = "MESH_POD", value_name = "NAME", value_parser = parse_name)]
+    pub pod: String,
+    /// Address of the readiness port
+    #[arg(long, env = "MESH_READY_ADDR", default_value = "127.0.0.1:15021", value_name = "ADDR")]
+    pub ready_addr: SocketAddr,
 }
 
 /// Flags of `agent`.
@@ -178,9 +191,12 @@ pub struct Config {
     /// Form of the access log
     #[arg(long, env = "MESH_ACCESS_LOG_FORMAT", default_value = "text")]
     pub access_log_format: LogFormat,
-    /// Take listeners, keys and duty over from the node proxy that runs on this state directory
+    /// Take listeners, keys and duty over from the node proxy that runs on this state directory, if one does
     #[arg(long, env = "MESH_TAKEOVER")]
     pub takeover: bool,
+    /// When another one has taken over, drain and then wait for SIGTERM: for who starts a process again that ends
+    #[arg(long, env = "MESH_STAY")]
+    pub stay: bool,
     /// Move into this cgroup v2 directory first; it must not be above the captured one
     #[arg(long, env = "MESH_OWN_CGROUP", value_name = "DIR")]
     pub own_cgroup: Option<PathBuf>,

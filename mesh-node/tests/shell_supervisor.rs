@@ -38,7 +38,8 @@ const TESTS: &[Test] = tests![
     a_proxy_that_holds_listeners_is_tried_again_whatever_it_says,
     a_take_over_loses_no_new_connection_and_ends_the_old_supervisor,
     a_successor_that_never_gets_ready_changes_nothing,
-    taking_over_from_nobody_says_what_to_do,
+    taking_over_from_nobody_or_from_a_dead_one_is_an_ordinary_start,
+    one_that_is_to_stay_ends_when_it_is_told_and_not_when_another_took_over,
 ];
 
 fn main() {
@@ -67,12 +68,17 @@ fn run(filter: &str) {
     }
 }
 
+fn dir_has_flag(name: &str) -> bool {
+    std::env::var_os(DIR).map(PathBuf::from).is_some_and(|dir| dir.join(name).exists())
+}
+
 /// The supervisor process of the tests below.
 fn play_supervisor() -> ! {
     let dir = std::env::var_os(DIR).map(PathBuf::from).expect("directory");
     let status = supervisor::run(supervisor::Options {
         state_dir: dir,
         takeover: std::env::var_os(TAKEOVER).is_some(),
+        stay: dir_has_flag("stay"),
         program: std::env::current_exe().expect("own path"),
         args: vec!["play-proxy".into()],
         drain: Duration::from_secs(5),
@@ -360,10 +366,29 @@ fn a_successor_that_never_gets_ready_changes_nothing() {
     assert_eq!(ask(addr).expect("answer"), first);
 }
 
-fn taking_over_from_nobody_says_what_to_do() {
+fn taking_over_from_nobody_or_from_a_dead_one_is_an_ordinary_start() {
     let mut scene = Scene::new("nobody");
     let supervisor = scene.start(true);
-    assert_eq!(scene.exit_code(supervisor), Some(1));
-    let stderr = scene.stderr(supervisor);
-    assert!(stderr.contains("start without --takeover"), "{stderr}");
+    ask(scene.addr()).expect("answer");
+    scene.children[supervisor].kill().expect("kill");
+    std::fs::remove_file(scene.dir.join("addr")).expect("there was one");
+    // The socket of the dead one is still there, and for a moment its lock.
+    scene.start(true);
+    ask(scene.addr()).expect("answer");
+}
+
+fn one_that_is_to_stay_ends_when_it_is_told_and_not_when_another_took_over() {
+    let mut scene = Scene::new("stay");
+    scene.flag("stay");
+    let old = scene.start(true);
+    let addr = scene.addr();
+    let first = ask(addr).expect("answer");
+    scene.start(true);
+    eventually("the other", || ask(addr).ok().filter(|pid| *pid != first));
+    let pid = pid_of(&scene, old);
+    eventually("the end of its proxy", || kill(Pid::from_raw(first), None).is_err().then_some(()));
+    assert_eq!(scene.children[old].try_wait().expect("wait"), None, "who started it would start it again");
+    kill(pid, Signal::SIGTERM).expect("signal");
+    assert_eq!(scene.exit_code(old), Some(0));
+    ask(addr).expect("the other is not disturbed");
 }

@@ -148,11 +148,16 @@ pub struct Taken {
     pub predecessor: Peer,
 }
 
-/// Asks the running supervisor for everything.
-pub fn take_over(state_dir: &Path) -> anyhow::Result<Taken> {
+/// Asks the running supervisor for everything; `None` when none runs.
+pub fn take_over(state_dir: &Path) -> anyhow::Result<Option<Taken>> {
     let path = socket_path(state_dir);
-    let socket = seqpacket::connect(&path)
-        .with_context(|| format!("no supervisor answers at {}; start without --takeover", path.display()))?;
+    let socket = match seqpacket::connect(&path) {
+        // Never one, or one that left its socket behind when it died.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        connected => connected.with_context(|| format!("connect to {}", path.display()))?,
+    };
     let mut peer = Peer::new(socket)?;
     peer.queue(StoreMessage::TakeOver);
     let deadline = Instant::now() + TAKE_OVER_TIMEOUT;
@@ -171,7 +176,7 @@ pub fn take_over(state_dir: &Path) -> anyhow::Result<Taken> {
         }
     }
     let lock = lock.context("the running supervisor did not hand over the state directory's lock")?;
-    Ok(Taken { store, lock, predecessor: peer })
+    Ok(Some(Taken { store, lock, predecessor: peer }))
 }
 
 fn wait_readable(peer: &Peer, deadline: Instant) -> anyhow::Result<()> {

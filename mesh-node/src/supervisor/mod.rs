@@ -25,7 +25,7 @@ use tracing::{debug, error, info, warn};
 
 use self::handover::HandoverServer;
 use self::lifecycle::{Due, Lifecycle};
-use self::lock::StateLock;
+use self::lock::{LockError, StateLock};
 use self::message::StoreMessage;
 use self::peer::{Change, Heard, Peer};
 use self::process::{Proxy, Signals};
@@ -34,6 +34,10 @@ use self::store::FdStore;
 /// Exit status of a proxy that cannot work with its configuration (`EX_CONFIG` of sysexits.h): starting it again would
 /// not help.
 pub const EXIT_CONFIG: u8 = 78;
+/// How long a supervisor that was to take over waits for the state directory of one that is dying.
+const LOCK_WITHIN: Duration = Duration::from_secs(5);
+/// Pause between two tries to get it.
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// Messages that one peer is heard before the others have their turn.
 const MESSAGES_PER_TURN: usize = 256;
 
@@ -42,8 +46,10 @@ const MESSAGES_PER_TURN: usize = 256;
 pub struct Options {
     /// Directory of the lock and the hand-over socket.
     pub state_dir: PathBuf,
-    /// Take everything over from the supervisor that runs now.
+    /// Take everything over from the supervisor that runs now, if there is one.
     pub takeover: bool,
+    /// When another supervisor has taken over, wait to be told to end: whoever started this one would start it again.
+    pub stay: bool,
     /// Program of the proxy.
     pub program: PathBuf,
     /// Its arguments. Its standard input is the descriptor store's socket.
@@ -76,6 +82,8 @@ struct Supervisor {
     handover: Option<HandoverServer>,
     /// The supervisor that we take over from, until it has closed the connection.
     predecessor: Option<Predecessor>,
+    /// Told to end by a signal, not by a successor.
+    told: bool,
 }
 
 /// The supervisor before this one.
@@ -105,19 +113,39 @@ impl Supervisor {
             lock: None,
             handover: None,
             predecessor: None,
+            told: false,
             options,
         };
+        let state_dir = supervisor.options.state_dir.clone();
+        let mut tries_end = Instant::now();
         if supervisor.options.takeover {
-            let taken = handover::take_over(&supervisor.options.state_dir)?;
-            info!(descriptors = taken.store.names().count(), "taking over from the running supervisor");
-            supervisor.store = taken.store;
-            supervisor.lock = Some(taken.lock);
-            supervisor.predecessor = Some(Predecessor { peer: taken.predecessor, told: false });
-        } else {
-            supervisor.lock = Some(StateLock::acquire(&supervisor.options.state_dir)?);
-            supervisor.handover = Some(HandoverServer::listen(&supervisor.options.state_dir)?);
+            tries_end += LOCK_WITHIN;
         }
-        Ok(supervisor)
+        loop {
+            if supervisor.options.takeover
+                && let Some(taken) = handover::take_over(&state_dir)?
+            {
+                supervisor.adopt(taken);
+                return Ok(supervisor);
+            }
+            match StateLock::acquire(&state_dir) {
+                Ok(lock) => {
+                    supervisor.lock = Some(lock);
+                    supervisor.handover = Some(HandoverServer::listen(&state_dir)?);
+                    return Ok(supervisor);
+                }
+                // It is dying, or it has been taken over from and its successor does not listen yet.
+                Err(LockError::InUse { .. }) if Instant::now() < tries_end => std::thread::sleep(LOCK_PAUSE),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn adopt(&mut self, taken: handover::Taken) {
+        info!(descriptors = taken.store.names().count(), "taking over from the running supervisor");
+        self.store = taken.store;
+        self.lock = Some(taken.lock);
+        self.predecessor = Some(Predecessor { peer: taken.predecessor, told: false });
     }
 
     /// One round: do what is due, wait, hear everybody. Returns the exit status at the end.
@@ -130,6 +158,7 @@ impl Supervisor {
                     warn!("proxy did not end within its drain time");
                     self.signal_proxy(Signal::SIGKILL);
                 }
+                Due::Exit if self.options.stay && !self.told => break,
                 Due::Exit => return Ok(Some(0)),
             }
         }
@@ -236,7 +265,10 @@ impl Supervisor {
                     }
                 }
                 // Only SIGTERM and SIGINT remain in the mask.
-                _ => self.terminate(),
+                _ => {
+                    self.told = true;
+                    self.terminate();
+                }
             }
         }
         None

@@ -68,7 +68,7 @@ fn changes_after_the_store_was_sent_follow_it_until_the_next_one_has_taken_over(
     store.put("info/a".into(), sealed("a")).expect("put");
     let bystander = Peer::new(seqpacket::connect(&socket_path(&dir.0)).expect("connect")).expect("peer");
     let path = dir.0.clone();
-    let successor = thread::spawn(move || take_over(&path).expect("take over"));
+    let successor = thread::spawn(move || take_over(&path).expect("take over").expect("one answers"));
     serve(&mut server, &store, &lock, || successor.is_finished());
     let mut taken = successor.join().expect("join");
     assert_eq!(taken.store.names().collect::<Vec<_>>(), ["info/a"]);
