@@ -32,16 +32,19 @@ const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// A proxy has to answer within this time: it waits up to 5 s for a certificate.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
-/// Listens for the proxies of a node, in place of an agent that was there before.
+/// Listens for the proxies of a node, in place of an agent that was there before and without a moment in which nobody
+/// does: an agent that is being replaced still runs. The socket's name is that of the latest, and an agent that ends leaves it.
 ///
 /// # Errors
 /// The socket cannot be made there.
 pub fn listen(path: &Path) -> Result<OwnedFd> {
-    let _stale = std::fs::remove_file(path);
-    let open = || -> nix::Result<OwnedFd> {
+    let fresh = path.with_extension(format!("{}.new", std::process::id()));
+    let _stale = std::fs::remove_file(&fresh);
+    let open = || -> std::io::Result<OwnedFd> {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-        bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        bind(fd.as_raw_fd(), &UnixAddr::new(&fresh)?)?;
         listen_on(&fd, Backlog::new(MAX_PROXIES)?)?;
+        std::fs::rename(&fresh, path)?;
         Ok(fd)
     };
     open().with_context(|| format!("listen at {}", path.display()))
