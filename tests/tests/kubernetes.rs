@@ -125,3 +125,44 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it_and_policies_hold() {
     until_answered(bed, "stranger", "default", true);
     until_answered(bed, "client", "shop", true);
 }
+
+/// Asks without a pause until it is told to stop; says how often, and how often in vain.
+const ASK_ON: &str = "n=0; f=0; rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do \
+    timeout 5 wget -q -O - http://web.shop.svc.cluster.local/name >/dev/null || f=$((f+1)); n=$((n+1)); done; echo $n $f";
+
+/// Restarts of containers of the node proxies, one number each.
+fn restarts(cluster: &Cluster) -> String {
+    let jsonpath = "jsonpath={.items[*].status.containerStatuses[*].restartCount}";
+    cluster.kubectl(&["-n", "istio-system", "get", "pod", "-l", "app=mesh-node", "-o", jsonpath]).unwrap()
+}
+
+#[test]
+fn a_rolling_update_of_the_node_proxies_loses_no_new_connection() {
+    let bed = ClusterBed::up(2, Dns::CoreDns);
+    let cluster = &bed.cluster;
+    cluster.apply(PODS).unwrap();
+    install(cluster);
+    cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
+    cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
+    cluster.apply(STRICT).unwrap();
+    cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
+    until_answered(cluster, "stranger", "default", false);
+    until_answered(cluster, "client", "shop", true);
+    let asked = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| cluster.kubectl(&["-n", "shop", "exec", "client", "--", "sh", "-c", ASK_ON]));
+        let restarted = cluster.kubectl(&["-n", "istio-system", "rollout", "restart", NODE]);
+        let rolled_out = cluster.kubectl(&["-n", "istio-system", "rollout", "status", NODE, "--timeout=60s"]);
+        // First of all, or a failure would wait for it.
+        let stopped = cluster.kubectl(&["-n", "shop", "exec", "client", "--", "sh", "-c", "touch /tmp/stop"]);
+        restarted.and(stopped).unwrap();
+        rolled_out.unwrap_or_else(|error| panic!("{error:#}\n{}", logs(cluster)));
+        asking.join().unwrap().unwrap()
+    });
+    let [all, failed] = asked.split_whitespace().map(|n| n.parse::<u32>().unwrap()).collect::<Vec<_>>()[..] else {
+        panic!("it said `{asked}`")
+    };
+    assert!(all > 0 && failed == 0, "{failed} of {all} requests failed\n{}", logs(cluster));
+    until_answered(cluster, "stranger", "default", false);
+    let restarts = restarts(cluster);
+    assert!(restarts.split_whitespace().all(|times| times == "0"), "restarts {restarts}\n{}", logs(cluster));
+}
