@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use anyhow::ensure;
+use mesh_tests::cluster::Cluster;
 use mesh_tests::kubernetes_bed::KubernetesBed;
 
 /// A client and a server on two nodes, and a client outside the mesh.
@@ -51,6 +52,8 @@ kind: PeerAuthentication
 metadata: {name: default, namespace: shop}
 spec: {mtls: {mode: STRICT}}
 ";
+
+const NODE: &str = "daemonset/mesh-node";
 
 const NOBODY: &str = r"
 apiVersion: security.istio.io/v1
@@ -124,6 +127,22 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it_and_policies_hold() {
     cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode-"]).unwrap();
     until_answered(bed, "stranger", "default", true);
     until_answered(bed, "client", "shop", true);
+
+    cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
+    until_answered(bed, "stranger", "default", false);
+    uninstalled(bed);
+}
+
+/// The mesh goes with its pods still in it: they are let go, and pods start without waiting for it.
+fn uninstalled(bed: &KubernetesBed) {
+    let cluster = bed.cluster();
+    cluster.helm(&["uninstall", "mesh", "--namespace=istio-system", "--wait"]).unwrap();
+    until_answered(bed, "stranger", "default", true);
+    until_answered(bed, "client", "shop", true);
+    let late = ["run", "late", "--image=localhost/busybox:1", "--restart=Never", "-n", "shop", "--", "sleep", "1"];
+    cluster.kubectl(&late).unwrap();
+    let ended = ["-n", "shop", "--for=jsonpath={.status.phase}=Succeeded", "pod/late"];
+    cluster.wait(&ended).unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
 }
 
 /// Asks without a pause until it is told to stop; says how often, and how often in vain.
@@ -138,16 +157,14 @@ fn restarts(cluster: &Cluster) -> String {
 
 #[test]
 fn a_rolling_update_of_the_node_proxies_loses_no_new_connection() {
-    let bed = ClusterBed::up(2, Dns::CoreDns);
-    let cluster = &bed.cluster;
-    cluster.apply(PODS).unwrap();
-    install(cluster);
+    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(PODS).unwrap()));
+    let cluster = bed.cluster();
     cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
     cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
     cluster.apply(STRICT).unwrap();
     cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
-    until_answered(cluster, "stranger", "default", false);
-    until_answered(cluster, "client", "shop", true);
+    until_answered(bed, "stranger", "default", false);
+    until_answered(bed, "client", "shop", true);
     let asked = std::thread::scope(|scope| {
         let asking = scope.spawn(|| cluster.kubectl(&["-n", "shop", "exec", "client", "--", "sh", "-c", ASK_ON]));
         let restarted = cluster.kubectl(&["-n", "istio-system", "rollout", "restart", NODE]);
@@ -155,14 +172,14 @@ fn a_rolling_update_of_the_node_proxies_loses_no_new_connection() {
         // First of all, or a failure would wait for it.
         let stopped = cluster.kubectl(&["-n", "shop", "exec", "client", "--", "sh", "-c", "touch /tmp/stop"]);
         restarted.and(stopped).unwrap();
-        rolled_out.unwrap_or_else(|error| panic!("{error:#}\n{}", logs(cluster)));
+        rolled_out.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
         asking.join().unwrap().unwrap()
     });
     let [all, failed] = asked.split_whitespace().map(|n| n.parse::<u32>().unwrap()).collect::<Vec<_>>()[..] else {
         panic!("it said `{asked}`")
     };
-    assert!(all > 0 && failed == 0, "{failed} of {all} requests failed\n{}", logs(cluster));
-    until_answered(cluster, "stranger", "default", false);
+    assert!(all > 0 && failed == 0, "{failed} of {all} requests failed\n{}", bed.logs());
+    until_answered(bed, "stranger", "default", false);
     let restarts = restarts(cluster);
-    assert!(restarts.split_whitespace().all(|times| times == "0"), "restarts {restarts}\n{}", logs(cluster));
+    assert!(restarts.split_whitespace().all(|times| times == "0"), "restarts {restarts}\n{}", bed.logs());
 }
