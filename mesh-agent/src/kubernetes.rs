@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::known::Known;
 pub use self::owner::Owner;
 use self::pods::Pods;
-use crate::{Board, conflist, proxy};
+use crate::{Board, alive, conflist, proxy};
 
 /// Quiet time after which a burst of changes counts as finished.
 const QUIET: Duration = Duration::from_millis(10);
@@ -52,6 +52,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// None: pods do not wait for the mesh when they start.
     pub cni: Option<CniOptions>,
+    /// Locked as long as the agent lives ([`crate::alive`]).
+    pub alive_file: Option<PathBuf>,
     /// What runs the agents: when it is deleted, the agent takes with it what it has installed. None: it never does.
     pub owner: Option<Owner>,
 }
@@ -120,6 +122,7 @@ enum Seen {
 /// # Errors
 /// There is no API server, the socket cannot be made, or what was installed cannot be taken away.
 pub fn run(options: Options) -> Result<()> {
+    let _alive = options.alive_file.as_deref().map(alive::hold).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async move {
         let client = Client::try_default().await.context("find the API server")?;

@@ -11,6 +11,7 @@
 //!
 //! Not here: what enrolment does (`mesh-node`), and what a pod's labels mean (`mesh-core`).
 
+pub mod alive;
 mod announce;
 mod board;
 pub mod conflist;

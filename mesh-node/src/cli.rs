@@ -10,7 +10,7 @@ use clap::Parser;
 use mesh_agent::conflist::{self, PluginConfig};
 use mesh_agent::kubernetes::CniOptions;
 
-use crate::config::{AgentArgs, CleanupArgs, Cli, CniArgs, Command, Config};
+use crate::config::{AgentArgs, AgentEndedArgs, CleanupArgs, Cli, CniArgs, Command, Config};
 use crate::{app, capture, check, logging, readiness, supervisor};
 
 /// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
@@ -26,6 +26,7 @@ pub fn main() -> ExitCode {
         Command::Agent(args) => agent(args),
         Command::Cleanup(args) => cleanup(&args),
         Command::Check => Ok(check::run()),
+        Command::AgentEnded(args) => agent_ended(&args),
         Command::Ready(args) => readiness::ask(args.ready_addr, &args.pod),
     };
     done.unwrap_or_else(|error| {
@@ -53,6 +54,12 @@ fn run(config: Config) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(status))
 }
 
+fn agent_ended(args: &AgentEndedArgs) -> anyhow::Result<ExitCode> {
+    let has_ended = mesh_agent::alive::wait_for_end(&args.alive_file, args.within)?;
+    anyhow::ensure!(has_ended, "the agent still lives after {:?}", args.within);
+    Ok(ExitCode::SUCCESS)
+}
+
 fn agent(args: AgentArgs) -> anyhow::Result<ExitCode> {
     logging::init(args.log_format);
     let CniArgs { cni_conf_dir, cni_bin_dir, cni_socket, cni_state_dir } = args.cni;
@@ -68,7 +75,13 @@ fn agent(args: AgentArgs) -> anyhow::Result<ExitCode> {
     });
     let node = args.node.context("--node is not given")?;
     let socket = args.agent_socket.context("--agent-socket is not given")?;
-    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options { node, socket, cni, owner: args.daemonset })?;
+    mesh_agent::kubernetes::run(mesh_agent::kubernetes::Options {
+        node,
+        socket,
+        cni,
+        alive_file: args.alive_file,
+        owner: args.daemonset,
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

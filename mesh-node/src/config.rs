@@ -42,6 +42,8 @@ pub enum Command {
     Cleanup(CleanupArgs),
     /// Say which kernel features are needed and which are there
     Check,
+    /// Wait until this pod's agent has ended: it may have something to say to the node proxy at its end
+    AgentEnded(AgentEndedArgs),
     /// Exit with 0 if the node proxy of this pod is ready, for a probe: on one node, two share the readiness port
     Ready(ReadyArgs),
 }
@@ -69,6 +71,9 @@ pub struct AgentArgs {
     /// Pods that wait for the mesh when they start
     #[command(flatten)]
     pub cni: CniArgs,
+    /// File that is locked as long as this agent lives, for `agent-ended`
+    #[arg(long, env = "MESH_ALIVE_FILE", value_name = "PATH")]
+    pub alive_file: Option<PathBuf>,
     /// DaemonSet that runs the agents; when it is deleted, an agent that is told to end takes its CNI configuration away and
     /// lets its pods go
     #[arg(long, env = "MESH_DAEMONSET", value_name = "NAMESPACE/NAME")]
@@ -96,6 +101,17 @@ pub struct CniArgs {
     /// Directory of what the CNI plugin knows while the agent is away
     #[arg(long, env = "MESH_CNI_STATE_DIR", default_value = "/var/lib/mesh/cni", value_name = "DIR")]
     pub cni_state_dir: PathBuf,
+}
+
+/// Flags of `agent-ended`.
+#[derive(Debug, Args)]
+pub struct AgentEndedArgs {
+    /// The agent's `--alive-file`
+    #[arg(long, env = "MESH_ALIVE_FILE", value_name = "PATH")]
+    pub alive_file: PathBuf,
+    /// Longest wait
+    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = parse_drain)]
+    pub within: Duration,
 }
 
 /// Flags of `cleanup`.

@@ -72,7 +72,7 @@ impl KubernetesBed {
         let at = format!("--field-selector=spec.nodeName={node}");
         let name = ["-n", "istio-system", "get", "pod", "-l", "app=mesh-node", &at];
         let name = self.cluster().kubectl(&[&name[..], &["-o", "jsonpath={.items[0].metadata.name}"]].concat())?;
-        self.cluster().kubectl(&["-n", "istio-system", "logs", name.trim(), "-c", "proxy"])
+        self.cluster().kubectl(&["-n", "istio-system", "logs", name.trim(), "-c", "node-proxy"])
     }
 
     /// What the mesh's parts have logged last, and the state of the cluster.
