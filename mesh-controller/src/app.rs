@@ -81,6 +81,8 @@ pub struct Running {
     /// Address of the gRPC port, with its real port.
     pub address: SocketAddr,
     shutdown: watch::Sender<bool>,
+    /// Tasks that end by themselves when told to.
+    orderly: usize,
     tasks: JoinSet<&'static str>,
     admin_socket: PathBuf,
     _lock: StateLock,
@@ -163,7 +165,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
 
     let control = blocking(control, |control| control.resume(stored)).await?;
     if let Some(cluster) = &cluster {
-        cluster.write(signer.authority.clone(), control.verdicts(), &mut tasks);
+        cluster.write(signer.authority.clone(), control.verdicts(), shutdown.subscribe(), &mut tasks);
         cluster.complete(&mut notices, control.knows_the_past()).await;
     }
     let control = publish_first(control, &mut notices).await?;
@@ -183,7 +185,8 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     }
     ready.store(true, Ordering::Release);
     tracing::info!(%address, admin = %options.admin_socket.display(), "ready");
-    Ok(Running { address, shutdown, tasks, admin_socket: options.admin_socket, _lock: lock })
+    let orderly = 1 + usize::from(cluster.is_some());
+    Ok(Running { address, shutdown, orderly, tasks, admin_socket: options.admin_socket, _lock: lock })
 }
 
 /// Looks at the source until something may be published, and publishes it.
@@ -255,8 +258,10 @@ async fn serve_grpc(
     GRPC_TASK
 }
 
-/// The only task that ends in order.
+/// Ends when its streams have.
 const GRPC_TASK: &str = "grpc";
+/// Ends when it has given the lease back.
+const LEADER_TASK: &str = "leader";
 
 async fn configure(mut control: Control, mut notices: Notices) {
     loop {
@@ -284,10 +289,10 @@ impl Running {
     pub async fn stop(mut self) {
         let _ = self.shutdown.send(true);
         let drained = tokio::time::timeout(DRAIN, async {
-            while let Some(ended) = self.tasks.join_next().await {
-                if matches!(ended, Ok(GRPC_TASK)) {
-                    break;
-                }
+            while self.orderly > 0
+                && let Some(ended) = self.tasks.join_next().await
+            {
+                self.orderly -= usize::from(matches!(ended, Ok(GRPC_TASK | LEADER_TASK)));
             }
         });
         if drained.await.is_err() {

@@ -65,6 +65,9 @@ struct RunArgs {
     /// Address of the port where the API server asks (HTTPS, /validate)
     #[arg(long, env = "MESH_WEBHOOK_LISTEN", default_value = "0.0.0.0:15017", value_name = "ADDR")]
     webhook_listen: SocketAddr,
+    /// Name of this replica among others of the cluster, of which one leads; the host's name if it is not given
+    #[arg(long, env = "MESH_POD", requires = "kubernetes", value_name = "NAME")]
+    replica: Option<String>,
     /// Directory of keys, certificates and the lock
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR")]
     state_dir: PathBuf,
@@ -209,6 +212,9 @@ pub fn main() -> ExitCode {
     })
 }
 
+/// Where the host's name is.
+const HOST_NAME: &str = "/proc/sys/kernel/hostname";
+
 fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     log_to_stderr(args.log_format);
     let admin_socket = args.admin_socket.unwrap_or_else(|| args.state_dir.join("admin.sock"));
@@ -216,6 +222,10 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         true => Origin::Kubernetes {
             node_accounts: args.node_account,
             webhook: args.webhook.map(|configuration| Asked { configuration, listen: args.webhook_listen }),
+            replica: match args.replica {
+                Some(name) => name,
+                None => std::fs::read_to_string(HOST_NAME).context(HOST_NAME)?.trim().to_owned(),
+            },
         },
         false => Origin::Directories(args.config_dir),
     };

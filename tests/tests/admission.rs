@@ -175,6 +175,7 @@ fn wrong_objects_are_refused_and_a_controller_that_is_away_is_in_nobodys_way() {
     rights_are_no_more_than_needed(cluster);
     scale(cluster, 2);
     objects_are_judged(cluster);
+    one_of_two_writes_status(cluster);
     scale(cluster, 0);
     cluster
         .kubectl(&["delete", "--ignore-not-found", "namespace/elsewhere", "pod/it", "service/it", "configmap/it"])
@@ -256,6 +257,20 @@ fn authors_are_told(cluster: &Cluster) {
     conditions_become(cluster, "new", "ZtunnelAccepted=True/Accepted@1");
     assert_eq!(version("told"), before);
     cluster.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "told", "aimed", "new"]).unwrap();
+}
+
+/// The other one follows as soon as the first has gone.
+fn one_of_two_writes_status(cluster: &Cluster) {
+    let holder = || system(cluster, &["get", "lease/mesh-controller", "-o", "jsonpath={.spec.holderIdentity}"]);
+    let first = holder();
+    let pods = system(cluster, &["get", "pods", "-l", "app=mesh-controller", "-o", "name"]);
+    assert_eq!(pods.lines().filter(|pod| *pod == format!("pod/{first}")).count(), 1, "{first}: {pods}");
+    system(cluster, &["delete", "pod", &first]);
+    let next = holder();
+    assert!(next != first, "{first} has given the lease back");
+    cluster.apply(&object(POLICY, "led", "{}")).unwrap();
+    conditions_become(cluster, "led", "ZtunnelAccepted=True/Accepted@1");
+    cluster.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "led"]).unwrap();
 }
 
 fn a_change_is_judged(cluster: &Cluster) {

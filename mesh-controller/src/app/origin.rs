@@ -18,6 +18,7 @@ use crate::control::Verdicts;
 use crate::door::Judge;
 use crate::kubernetes::bundle::Bundle;
 use crate::kubernetes::follow::{self, FOLLOWED, Followed, follow};
+use crate::kubernetes::leader::Candidate;
 use crate::kubernetes::review::{Account, Reviewer};
 use crate::kubernetes::signer::ClusterSigner;
 use crate::kubernetes::webhook::{ADMISSION, Webhook};
@@ -48,6 +49,8 @@ pub enum Origin {
         node_accounts: Vec<Account>,
         /// Whether and how the API server asks about objects before it takes them.
         webhook: Option<Asked>,
+        /// Name of this replica among others: its pod's.
+        replica: String,
     },
 }
 
@@ -76,7 +79,7 @@ pub(super) async fn open(
     settings: &Settings,
     tasks: &mut JoinSet<&'static str>,
 ) -> anyhow::Result<Opened> {
-    let (node_accounts, webhook) = match origin {
+    let (node_accounts, webhook, replica) = match origin {
         Origin::Directories(dirs) => {
             return Ok(Opened {
                 source: Source::directories(dirs.clone()),
@@ -85,7 +88,7 @@ pub(super) async fn open(
                 cluster: None,
             });
         }
-        Origin::Kubernetes { node_accounts, webhook } => (node_accounts, webhook),
+        Origin::Kubernetes { node_accounts, webhook, replica } => (node_accounts, webhook, replica),
     };
     let (client, url) = kubernetes::client().await?;
     let signer = ClusterSigner::new(client.clone(), &settings.root_namespace);
@@ -109,7 +112,13 @@ pub(super) async fn open(
         source: Source::Cluster(Cluster::new(url, heard.clone())),
         notices: Notices::Cluster(notices),
         judge: Judge::Cluster(Reviewer::new(client.clone(), node_accounts.clone())),
-        cluster: Some(ClusterSide { client, heard, webhook: webhook.clone() }),
+        cluster: Some(ClusterSide {
+            client,
+            heard,
+            webhook: webhook.clone(),
+            namespace: settings.root_namespace.clone(),
+            me: replica.clone(),
+        }),
     })
 }
 
@@ -118,6 +127,10 @@ pub(super) struct ClusterSide {
     client: Client,
     heard: SharedHeard,
     webhook: Option<Asked>,
+    /// The root namespace.
+    namespace: Arc<str>,
+    /// Name of this replica.
+    me: String,
 }
 
 /// What the webhook's server needs beside the cluster.
@@ -150,11 +163,12 @@ impl ClusterSide {
         }
     }
 
-    /// Hands the roots out, and tells authors of policies what became of them, for the life of the process.
+    /// Hands the roots out, and, as the leader, tells authors of policies what became of them, for the life of the process.
     pub(super) fn write(
         &self,
         authority: Arc<ArcSwap<Authority>>,
         verdicts: watch::Receiver<Verdicts>,
+        down: watch::Receiver<bool>,
         tasks: &mut JoinSet<&'static str>,
     ) {
         let client = self.client.clone();
@@ -163,9 +177,15 @@ impl ClusterSide {
             "roots"
         });
         let client = self.client.clone();
+        let (leads, is_leader) = watch::channel(false);
         tasks.spawn(async move {
-            conditions::keep(client, verdicts).await;
+            conditions::keep(client, verdicts, is_leader).await;
             "conditions"
+        });
+        let candidate = Candidate::new(self.client.clone(), &self.namespace, self.me.clone());
+        tasks.spawn(async move {
+            candidate.run(leads, down).await;
+            super::LEADER_TASK
         });
     }
 

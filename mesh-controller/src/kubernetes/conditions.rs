@@ -2,7 +2,7 @@
 //!
 //! `ZtunnelAccepted` says what node proxies do with a policy, `WaypointAccepted` what waypoints do with one that has
 //! targets; names, reasons and forms are Istio's. They are written only when they say something else than before, for the
-//! version of the spec that was judged, and conditions of others are kept. All replicas judge alike, so each may write.
+//! version of the spec that was judged, and conditions of others are kept. Of several replicas the leader writes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -41,10 +41,13 @@ struct Verdict {
     message: String,
 }
 
-/// Keeps the conditions as they should be, for ever.
-pub async fn keep(client: Client, mut verdicts: watch::Receiver<Verdicts>) {
+/// Keeps the conditions as they should be while this replica leads, for ever.
+pub async fn keep(client: Client, mut verdicts: watch::Receiver<Verdicts>, mut leads: watch::Receiver<bool>) {
     let mut complained = None;
     loop {
+        if leads.wait_for(|leads| *leads).await.is_err() {
+            return;
+        }
         let now = verdicts.borrow_and_update().clone();
         let complaint = write_all(&client, &now).await.err().map(|error| error.to_string());
         if let Some(error) = complaint.as_ref().filter(|_| complained != complaint) {
@@ -56,8 +59,10 @@ pub async fn keep(client: Client, mut verdicts: watch::Receiver<Verdicts>) {
             continue;
         }
         tokio::time::sleep(PAUSE).await;
-        if verdicts.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = verdicts.changed() => if changed.is_err() { return },
+            // Whoever led meanwhile may have written something else.
+            _ = leads.wait_for(|leads| !leads) => {}
         }
     }
 }
