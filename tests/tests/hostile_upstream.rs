@@ -65,8 +65,8 @@ impl Evil {
         let (mut stream, (), cost) = self.scene.endured_with("node-a", what, begin, deed);
         let (tunnels, attempts) = (upstream.met(), stream.so_far());
         assert!(attempts.iter().all(|attempt| !attempt.is_ok()), "{what}: {attempts:?}");
-        // One more is under way.
-        let most = (attempts.len() + 1) * MAX_TUNNELS;
+        // One more is under way, and dials of the last that its client has given up.
+        let most = (attempts.len() + 2) * MAX_TUNNELS;
         assert!(tunnels > 0 && tunnels <= most, "{what}: {tunnels} tunnels for {} attempts", attempts.len());
         assert!(cost.memory_bytes < MAX_GROWTH_BYTES, "{what}: {cost:?}");
         drop((stream, upstream));

@@ -62,16 +62,26 @@ metadata: {name: nobody, namespace: shop}
 spec: {}
 ";
 
+/// So many refusals are no accident.
+const REFUSALS: usize = 3;
+
 fn asks(bed: &KubernetesBed, pod: &str, namespace: &str) -> anyhow::Result<String> {
     let url = "http://web.shop.svc.cluster.local/name";
     bed.exec(namespace, pod, &["timeout", "5", "wget", "-q", "-O", "-", url])
 }
 
-/// Asks until the answer comes, or until there is none any more.
+/// Asks until the answer comes, or until it is refused and goes on being refused.
 fn until_answered(bed: &KubernetesBed, pod: &str, namespace: &str, wanted: bool) {
+    let times = if wanted { 1 } else { REFUSALS };
     let asked = bed.cluster().until(&format!("{namespace}/{pod} is answered: {wanted}"), || {
-        let answer = asks(bed, pod, namespace);
-        ensure!(answer.as_ref().is_ok_and(|said| said.trim() == "web") == wanted, "it got {answer:?}");
+        for _ in 0..times {
+            let answer = asks(bed, pod, namespace);
+            let is_as_wanted = match &answer {
+                Ok(said) => wanted && said.trim() == "web",
+                Err(error) => !wanted && error.to_string().contains("Connection reset"),
+            };
+            ensure!(is_as_wanted, "it got {answer:?}");
+        }
         Ok(Some(()))
     });
     asked.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));

@@ -245,7 +245,8 @@ impl Inputs {
     }
 
     /// Which claimant has the address: pods first (a living one, then the newest: it got the address last), then
-    /// services, WorkloadEntries and EndpointSlices (the oldest of each).
+    /// services, EndpointSlices and WorkloadEntries (the oldest of each). An entry comes last: whoever may write one in a
+    /// namespace of their own must not take an endpoint away from the services of another.
     pub(crate) fn owner(&self, ip: IpAddr) -> Option<&ObjectKey> {
         self.claimants(ip).min_by_key(|key| (self.claim_strength(key), *key))
     }
@@ -258,8 +259,8 @@ impl Inputs {
                 (0, pod.is_some_and(|p| p.deleting), pod.map_or(0, |p| u64::MAX - p.meta.created_secs))
             }
             Kind::Service => (1, false, self.services.get(ns, name).map_or(0, |s| s.object.meta.created_secs)),
-            Kind::WorkloadEntry => (2, false, self.entries.get(ns, name).map_or(0, |e| e.meta.created_secs)),
-            Kind::EndpointSlice => (3, false, self.slices.get(ns, name).map_or(0, |s| s.meta.created_secs)),
+            Kind::EndpointSlice => (2, false, self.slices.get(ns, name).map_or(0, |s| s.meta.created_secs)),
+            Kind::WorkloadEntry => (3, false, self.entries.get(ns, name).map_or(0, |e| e.meta.created_secs)),
             // These have no address.
             Kind::Namespace
             | Kind::Node

@@ -256,6 +256,7 @@ impl Roster {
                 self.certify(&add.uid, &add.info, deadline).await
             }
             Some(known) => {
+                self.require_gone(&known).await?;
                 let enrolled = match self.end(&known).await {
                     Ok(()) => self.enrol(&add.uid, add.info, add.netns, deadline).await,
                     Err(error) => Err(error),
@@ -265,6 +266,16 @@ impl Roster {
             }
             None => self.enrol(&add.uid, add.info, add.netns, deadline).await,
         }
+    }
+
+    /// A pod's processes may enter other namespaces, and be taken for what the pod is now: while the last one has a link, it is
+    /// the one to guard.
+    async fn require_gone(&self, known: &Arc<Enrolled>) -> Result<(), String> {
+        let (host, last) = (Arc::clone(&self.host), Arc::clone(known));
+        if blocking(move || Ok(host.is_gone(last.netns.as_fd()))).await? {
+            return Ok(());
+        }
+        Err(format!("{} has another network namespace, and its last one still has a link", known.uid.0))
     }
 
     /// One namespace is one workload: the programs know a workload by its namespace alone.

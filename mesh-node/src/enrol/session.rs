@@ -102,12 +102,12 @@ impl Session {
                     let workloads = self.roster.rows();
                     self.status.send_modify(|status| status.workloads = workloads);
                 }
+                done = &mut something => return done,
                 () = look => {
                     self.roster.look_at_leaving(tokio::time::Instant::now()).await;
                     let workloads = self.roster.rows();
                     self.status.send_modify(|status| status.workloads = workloads);
                 }
-                done = &mut something => return done,
             }
         }
     }

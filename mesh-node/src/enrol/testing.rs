@@ -45,6 +45,8 @@ pub(super) struct FakeHost {
     pub(super) kept: Mutex<BTreeSet<String>>,
     /// Connections that every workload has.
     pub(super) carried: Mutex<usize>,
+    /// Workloads that have none nevertheless.
+    pub(super) idle: Mutex<BTreeSet<String>>,
 }
 
 impl FakeHost {
@@ -138,8 +140,9 @@ impl Host for FakeHost {
         self.note(format!("stop listening {}", workload.uid.0));
     }
 
-    fn carries(&self, _workload: &Arc<Enrolled>) -> usize {
-        *self.carried.lock().expect("lock")
+    fn carries(&self, workload: &Arc<Enrolled>) -> usize {
+        let is_idle = self.idle.lock().expect("lock").contains(&*workload.uid.0);
+        if is_idle { 0 } else { *self.carried.lock().expect("lock") }
     }
 
     fn cut(&self, workload: &Arc<Enrolled>) {

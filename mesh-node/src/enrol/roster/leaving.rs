@@ -21,6 +21,8 @@ use crate::runtime::Enrolled;
 const LISTENS_ON: Duration = Duration::from_secs(2);
 /// Longest time that connections of a workload go on after it left.
 pub(super) const GOES_ON: Duration = Duration::from_secs(3600);
+/// How often one workload is on the list, having come and left again meanwhile; the first of them ends for the next.
+const MAX_OF_ONE: usize = 4;
 /// Between two looks at the workloads that left.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -55,6 +57,8 @@ impl Roster {
         }
         self.announced.remove(uid);
         self.incomplete.remove(uid);
+        // Or it would be captured again.
+        self.unsettled.remove(uid);
         self.forget(uid);
         let (host, gone) = (Arc::clone(&self.host), Arc::clone(&workload));
         if let Err(error) = blocking(move || host.let_go(gone.cookie, gone.netns.as_fd())).await {
@@ -62,6 +66,12 @@ impl Roster {
             return self.remove(uid).await;
         }
         info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left; its connections go on");
+        let earlier: Vec<_> = self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|l| Arc::clone(&l.workload)).collect();
+        if let [oldest, rest @ ..] = &earlier[..]
+            && rest.len() + 1 >= MAX_OF_ONE
+        {
+            self.end_those(&[Arc::clone(oldest)]).await;
+        }
         self.looked = Instant::now();
         self.leaving.push(Leaving { workload, since: self.looked, listens: true });
         Ok(())
@@ -74,28 +84,37 @@ impl Roster {
 
     /// Ends what is over of the workloads that left.
     pub async fn look_at_leaving(&mut self, now: Instant) {
-        self.looked = now;
+        let mut over = Vec::new();
         for leaving in std::mem::take(&mut self.leaving) {
-            let leaving = self.close_when_due(leaving);
+            let leaving = if now >= leaving.since + LISTENS_ON { self.close(leaving) } else { leaving };
             let (host, workload) = (Arc::clone(&self.host), Arc::clone(&leaving.workload));
             let is_dead = blocking(move || Ok(host.is_gone(workload.netns.as_fd()))).await.unwrap_or(false);
-            let is_over = self.looked >= leaving.since + GOES_ON;
-            if is_dead || is_over || (!leaving.listens && self.host.carries(&leaving.workload) == 0) {
-                self.end_leaving(self.close(leaving).workload).await;
-            } else {
-                self.leaving.push(leaving);
+            let is_late = now >= leaving.since + GOES_ON;
+            if is_dead || is_late || (!leaving.listens && self.host.carries(&leaving.workload) == 0) {
+                over.push(Arc::clone(&leaving.workload));
             }
+            self.leaving.push(leaving);
         }
+        self.end_those(&over).await;
         self.count();
+        // From its end: looks that take long leave time for the agent.
+        self.looked = now.max(Instant::now());
     }
 
     /// Ends all that is left of a workload that left.
     pub(super) async fn end_all_leaving(&mut self, uid: &WorkloadUid) {
-        let (gone, others) = std::mem::take(&mut self.leaving).into_iter().partition(|leaving| leaving.is_of(uid));
-        self.leaving = others;
-        let gone: Vec<Leaving> = gone;
-        for leaving in gone {
-            self.end_leaving(self.close(leaving).workload).await;
+        let gone = self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|leaving| Arc::clone(&leaving.workload));
+        self.end_those(&gone.collect::<Vec<_>>()).await;
+    }
+
+    /// Ends these, one after the other: what one of them needs as well as others stays for those.
+    async fn end_those(&mut self, gone: &[Arc<Enrolled>]) {
+        for workload in gone {
+            let at = self.leaving.iter().position(|leaving| Arc::ptr_eq(&leaving.workload, workload));
+            if let Some(at) = at {
+                let leaving = self.leaving.remove(at);
+                self.end_leaving(self.close(leaving).workload).await;
+            }
         }
     }
 
@@ -115,10 +134,6 @@ impl Roster {
             let state = format!("left the mesh; {connections} connections go on, at most {left} min");
             row(&workload.uid, &kept::info(workload), workload.cookie, &state)
         })
-    }
-
-    fn close_when_due(&self, leaving: Leaving) -> Leaving {
-        if self.looked >= leaving.since + LISTENS_ON { self.close(leaving) } else { leaving }
     }
 
     /// Serves no new connections of it.

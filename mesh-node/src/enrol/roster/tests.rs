@@ -137,6 +137,36 @@ async fn a_workload_that_enters_again_keeps_its_old_connections_and_what_they_ne
 }
 
 #[tokio::test]
+async fn what_one_that_left_has_in_common_with_others_stays_for_those() {
+    let mut scene = scene(Vec::new());
+    for uid in ["a", "b"] {
+        let asked = [format!("capture {uid}"), "certificate web".into(), format!("serve {uid}")];
+        scene.expect(add(uid, "web", &file()), Ok(()), &asked.each_ref().map(String::as_str)).await;
+        scene.expect(let_go(uid), Ok(()), &["let go"]).await;
+    }
+    *scene.host.carried.lock().expect("lock") = 1;
+    let now = Instant::now() + Duration::from_secs(60);
+    scene.roster.look_at_leaving(now).await;
+    scene.host.asked();
+    scene.host.idle.lock().expect("lock").insert("a".into());
+    scene.roster.look_at_leaving(now).await;
+    assert_eq!(scene.host.asked(), ["cut a", "release"], "the certificate is that of b, too");
+    scene.expect(del("b"), Ok(()), &["cut b", "release", "give up web"]).await;
+}
+
+#[tokio::test]
+async fn who_comes_and_leaves_all_the_time_does_not_fill_the_list() {
+    let mut scene = scene(Vec::new());
+    let netns = file();
+    *scene.host.carried.lock().expect("lock") = 1;
+    for _ in 0..10 {
+        let _answered = scene.roster.handle(add("a", "web", &netns)).await;
+        let _answered = scene.roster.handle(let_go("a")).await;
+    }
+    assert_eq!(scene.states().len(), 4, "{:?}", scene.states());
+}
+
+#[tokio::test]
 async fn a_workload_that_cannot_be_let_go_is_released() {
     let mut scene = scene(Vec::new());
     scene.expect(add("a", "web", &file()), Ok(()), &["capture a", "certificate web", "serve a"]).await;
@@ -160,6 +190,9 @@ async fn another_namespace_or_identity_under_a_known_uid_is_a_new_workload() {
     let mut scene = scene(Vec::new());
     let (one, two) = (file(), file());
     scene.expect(add("a", "web", &one), Ok(()), &["capture a", "certificate web", "serve a"]).await;
+    let refused = Err("a has another network namespace, and its last one still has a link");
+    scene.expect(add("a", "web", &two), refused, &[]).await;
+    scene.host.fail("alive");
     // The key that there is will do, also while there is no CA.
     let again = ["stop a", "release", "capture a", "certificate web", "serve a"];
     scene.expect(add("a", "web", &two), Ok(()), &again).await;
