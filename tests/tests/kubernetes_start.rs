@@ -88,6 +88,7 @@ fn pods_are_in_the_mesh_from_their_first_instruction_and_kubelets_probes_reach_t
     until_strict(bed);
     first_requests(bed);
     probes(bed);
+    probes_of_others(bed);
 }
 
 /// Each pod's first instruction is a request to a strict server.
@@ -132,6 +133,30 @@ spec:
     assert!(from_late.count() >= 10, "ten by mutual TLS:\n{log}");
 }
 
+/// Nobody may have a kubelet call somebody else's pod.
+fn probes_of_others(bed: &KubernetesBed) {
+    for handler in ["livenessProbe", "readinessProbe", "startupProbe", "lifecycle: {postStart", "lifecycle: {preStop"] {
+        for (how, host, is_fine) in [("httpGet", "10.1.1.1", false), ("tcpSocket", "web.shop", false), ("httpGet", "127.0.0.1", true)] {
+            let close = if handler.contains('{') { "}" } else { "" };
+            let pod = format!(
+                r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: asks, namespace: shop}}
+spec:
+  containers:
+  - name: c
+    image: localhost/busybox:1
+    {handler}: {{{how}: {{host: "{host}", port: 8080}}}}{close}
+"#
+            );
+            let taken = bed.cluster().kubectl_with(&["apply", "--dry-run=server", "-f", "-"], &pod);
+            assert_eq!(taken.is_ok(), is_fine, "{handler} {how} {host}: {taken:?}");
+            assert!(taken.is_ok() || format!("{taken:?}").contains("Leave host out"), "{taken:?}");
+        }
+    }
+}
+
 /// A pod that nobody may call, and its kubelet does.
 fn probes(bed: &KubernetesBed) {
     let cluster = bed.cluster();
@@ -172,8 +197,9 @@ spec:
         assert_eq!((ready, restarts), ("true", "0"), "{}", bed.logs());
         for (namespace, pod) in [("default", "stranger"), ("shop", "client")] {
             let url = format!("http://{address}:8080/name");
-            let got = bed.exec(namespace, pod, &["timeout", "1", "wget", "-q", "-O", "-", &url]);
-            assert!(got.is_err(), "{pod} gets in: {got:?}");
+            let got = bed.exec(namespace, pod, &["timeout", "5", "wget", "-q", "-O", "-", &url]);
+            let refused = got.as_ref().is_err_and(|error| error.to_string().contains("Connection reset"));
+            assert!(refused, "{pod} is not refused: {got:?}");
         }
     }
 }
