@@ -7,12 +7,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::wire::{Answer, MAX_LINE, Request};
+use crate::wire::{ANSWER_WITHIN, Answer, MAX_LINE, Request};
 
 /// Pause before the agent is asked again: a pod starts soon after the agent is there.
 const POLL: Duration = Duration::from_millis(250);
 /// An agent that does not answer within this time hangs; one that is alive answers sooner, be it with "not yet".
 const ATTEMPT: Duration = Duration::from_secs(15);
+/// An agent that was reached in time is heard to the end, which is a little later than it means to answer.
+const HEARD_OUT: Duration = ANSWER_WITHIN.saturating_add(Duration::from_secs(1));
 
 /// How asking ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,13 +42,17 @@ impl Patience {
     fn end(&self, is_member: bool) -> Instant {
         self.outside_at.filter(|_| !is_member).map_or(self.deadline, |outside| outside.min(self.deadline))
     }
+
+    /// When an attempt that begins now is given up: an answer that is under way may say that the pod is a member.
+    fn attempt_end(&self, now: Instant, is_member: bool) -> Instant {
+        (now + ATTEMPT).min(self.end(is_member).max(now + HEARD_OUT)).min(self.deadline)
+    }
 }
 
 pub(crate) fn ask(socket: &Path, request: &Request, patience: Patience) -> Said {
     let (mut is_member, mut last) = (false, None);
     loop {
-        let end = patience.end(is_member);
-        match attempt(socket, request, (Instant::now() + ATTEMPT).min(end)) {
+        match attempt(socket, request, patience.attempt_end(Instant::now(), is_member)) {
             Ok(Answer::Proceed) => return Said::Proceed,
             Ok(Answer::Refused { reason }) => return Said::Refused(reason),
             Ok(Answer::Wait { reason, is_member: says_member }) => {
@@ -98,4 +104,25 @@ fn exchange(socket: &Path, request: &Request, until: Instant) -> io::Result<Answ
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"));
     }
     Ok(serde_json::from_str(&line)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_that_began_before_a_pod_counts_as_an_outsider_is_heard_to_its_end() {
+        let (start, secs) = (Instant::now(), Duration::from_secs);
+        let check = |deadline: u64, outside_at: Option<u64>, (now, is_member): (u64, bool), expected: u64| {
+            let patience =
+                Patience { deadline: start + secs(deadline), outside_at: outside_at.map(|at| start + secs(at)) };
+            assert_eq!(patience.attempt_end(start + secs(now), is_member) - start, secs(expected));
+        };
+        check(90, None, (0, false), 15);
+        check(90, Some(5), (0, false), 5);
+        check(90, Some(5), (4, false), 8);
+        check(90, Some(5), (4, true), 19);
+        // Nothing goes on after the deadline.
+        check(6, Some(5), (4, false), 6);
+    }
 }

@@ -10,14 +10,11 @@ use crate::call::{self, Call, Command, PodName};
 use crate::config::{NEWEST_VERSION, NetworkConfig, PluginConfig, VERSIONS};
 use crate::failure::{Code, Failure};
 use crate::store::{Standing, Store};
-use crate::wire::{self, Request};
+use crate::wire::{self, OUTSIDE_WAITS, Request};
 use crate::{journal, unasked};
 
 /// Largest configuration in bytes.
 const MAX_STDIN: u64 = 1 << 20;
-/// How long a pod of a namespace that is known to be outside waits for the agent, which may know better: this bridges a
-/// restart of the agent.
-const OUTSIDE_WAITS: Duration = Duration::from_secs(5);
 /// How long the end of a pod waits for the agent, which hears of it from the API server too.
 const DEL_WAITS: Duration = Duration::from_secs(1);
 

@@ -1,6 +1,16 @@
 //! One line of JSON from the plugin to the agent, and one back.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+/// The agent gives an answer within this time, be it "not yet".
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// How long a pod of a namespace that is known to be outside waits for the agent, which may know better: this bridges a
+/// restart of the agent.
+pub const OUTSIDE_WAITS: Duration = Duration::from_secs(5);
+// Whoever asks an agent that is there hears what it knows before the pod is taken for an outsider.
+const _: () = assert!(ANSWER_WITHIN.as_millis() + 1000 < OUTSIDE_WAITS.as_millis());
 
 /// Longest line in bytes, either way: names and addresses are short.
 pub const MAX_LINE: u64 = 16 * 1024;

@@ -11,14 +11,14 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1;
 use kube::Client;
 use kube::api::Api;
-use mesh_cni::wire::{Answer, Command, MAX_LINE, Request};
+use mesh_cni::wire::{ANSWER_WITHIN, Answer, Command, MAX_LINE, Request};
 use mesh_core::config::objects::Pod;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::pods::{Plugged, Pods};
 use crate::announce::{Netns, Outcome};
@@ -28,8 +28,6 @@ use crate::board::Board;
 const MAX_REQUESTS: usize = 256;
 /// A plugin says what it wants within this time, and reads the answer.
 const IO_WITHIN: Duration = Duration::from_secs(2);
-/// An answer is given within this time, be it "not yet"; the plugin takes an agent that needs 15 s for one that hangs.
-const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 /// Pause between two looks at the proxy's answers.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Pause before the API server is asked again.
@@ -141,14 +139,18 @@ impl Desk {
                     if is_meant(&request.uid, &uid, &pod) {
                         return Ok(Found { uid, pod });
                     }
-                    return Err(Answer::Refused { reason: format!("another pod ({uid}) has its name now") });
+                    if !is_mirror(&pod) {
+                        return Err(Answer::Refused { reason: format!("another pod ({uid}) has its name now") });
+                    }
+                    // Kubelet makes one anew, a moment after it starts a static pod whose manifest has changed.
+                    why = format!("the API server knows the mirror ({uid}) of another manifest still");
                 }
                 // A static pod's mirror comes a moment later.
                 Ok(Ok(None)) => {}
                 Ok(Err(error)) => why = format!("the API server does not say what the pod is: {error}"),
                 Err(_) => why = "the API server does not answer".to_owned(),
             }
-            sleep(ASK_AGAIN).await;
+            sleep_until(deadline.min(Instant::now() + ASK_AGAIN)).await;
         }
         Err(wait(why, Known::No))
     }
@@ -173,7 +175,7 @@ impl Desk {
                 Ok(Err(error)) => why = format!("the API server does not say what namespace {name} is: {error}"),
                 Err(_) => why = "the API server does not answer".to_owned(),
             }
-            sleep(ASK_AGAIN).await;
+            sleep_until(deadline.min(Instant::now() + ASK_AGAIN)).await;
         }
         Err(wait(why, Known::No))
     }
@@ -201,8 +203,17 @@ pub(super) fn lock(pods: &Mutex<Pods>) -> MutexGuard<'_, Pods> {
 /// Whether the runtime means this pod. For a static one, kubelet and runtime use the hash of its manifest as UID, and the API
 /// server has a mirror with a UID of its own.
 pub(super) fn is_meant(asked: &str, uid: &str, pod: &Pod) -> bool {
-    let hash = pod.meta.annotations.get("kubernetes.io/config.hash").map(|hash| &**hash);
-    asked.is_empty() || asked == uid || Some(asked) == hash
+    asked.is_empty() || asked == uid || Some(asked) == hash(pod)
+}
+
+/// Whether it stands for a static pod.
+fn is_mirror(pod: &Pod) -> bool {
+    hash(pod).is_some()
+}
+
+/// Of the manifest of a static pod.
+fn hash(pod: &Pod) -> Option<&str> {
+    pod.meta.annotations.get("kubernetes.io/config.hash").map(|hash| &**hash)
 }
 
 /// What the plugin is told of a member, by what the newest proxy said of it.
@@ -262,7 +273,8 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener> {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
-        let fresh = path.with_extension("new");
+        // While one agent follows another there are two.
+        let fresh = path.with_extension(format!("{}.new", std::process::id()));
         let _stale = fs::remove_file(&fresh);
         let listener = UnixListener::bind(&fresh)?;
         fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
@@ -347,6 +359,8 @@ mod tests {
             assert_eq!(is_meant(asked, "u1", &mirror), expected, "{asked}");
         }
         assert!(!is_meant("h1", "u1", &Pod::default()));
+        // The runtime may mean a newer manifest than that of the mirror, so it is not refused.
+        assert!(is_mirror(&mirror) && !is_mirror(&Pod::default()));
     }
 
     #[test]
