@@ -15,8 +15,6 @@ use crate::problem;
 
 /// The only version of the question that is understood.
 const API_VERSION: &str = "admission.k8s.io/v1";
-/// Findings of one kind that are told; the rest is counted.
-const MAX_FINDINGS: usize = 16;
 /// Characters of one finding that are told: a value of the object may be part of it.
 const MAX_FINDING_CHARS: usize = 500;
 
@@ -130,17 +128,13 @@ fn is_going(object: &Value) -> bool {
     !object["metadata"]["deletionTimestamp"].is_null()
 }
 
-/// Findings as lines. The API server says which object they are about.
+/// Findings as lines; the compiler bounds their number. The API server says which object they are about.
 fn told(found: &[Problem]) -> Vec<String> {
     let line = |found: &Problem| {
         let line = problem::line(&Problem { object: String::new(), ..found.clone() });
-        line.chars().take(MAX_FINDING_CHARS).collect::<String>()
+        line.chars().take(MAX_FINDING_CHARS).collect()
     };
-    let mut lines: Vec<String> = found.iter().take(MAX_FINDINGS).map(line).collect();
-    if found.len() > MAX_FINDINGS {
-        lines.push(format!("and {} more", found.len() - MAX_FINDINGS));
-    }
-    lines
+    found.iter().map(line).collect()
 }
 
 #[cfg(test)]
@@ -149,6 +143,7 @@ mod tests {
 
     use mesh_api::yaml;
     use mesh_core::config::HttpFields;
+    use mesh_core::config::problem::MAX_KEPT;
 
     use super::*;
     use crate::source::{Changed, Source};
@@ -324,8 +319,8 @@ mod tests {
         let blocks: Vec<String> = (0..100).map(|i| format!("{i}{long}")).collect();
         let spec = json!({"rules": [{"from": [{"source": {"ipBlocks": blocks}}]}]});
         let refusal = ask(&question("CREATE", &object(POLICY, &spec))).refusal.unwrap();
-        assert!(refusal.len() < (MAX_FINDINGS + 1) * (MAX_FINDING_CHARS + 2), "{} bytes", refusal.len());
-        assert!(refusal.ends_with("; and 84 more"), "{refusal}");
+        assert!(refusal.len() < (MAX_KEPT + 1) * (MAX_FINDING_CHARS + 2), "{} bytes", refusal.len());
+        assert!(refusal.contains(" 84 more errors"), "{refusal}");
     }
 
     #[test]
