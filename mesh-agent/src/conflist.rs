@@ -16,8 +16,6 @@ use serde_json::{Map, Value, json};
 
 /// Our file. Names of main configurations begin with `05` or more by custom.
 pub const FILE: &str = "00-mesh.conflist";
-/// Before it has its name; runtimes pass over this one.
-const FRESH: &str = ".00-mesh.tmp";
 /// Endings of files that runtimes read.
 const ENDINGS: [&str; 3] = ["conf", "conflist", "json"];
 /// Pause between two looks at the directory.
@@ -109,11 +107,11 @@ pub fn keep(dir: &Path, ours: &PluginConfig) -> io::Result<Kept> {
     if read(&dir.join(FILE)).is_ok_and(|now| now == wrapped) {
         return Ok(Kept::Unchanged);
     }
-    replace(dir, FRESH, FILE, (wrapped.as_bytes(), 0o600))?;
+    replace(dir, FILE, (wrapped.as_bytes(), 0o600))?;
     Ok(Kept::Written(name))
 }
 
-/// Keeps our file what it should be, on a thread of its own, until it is stopped.
+/// Keeps our file what it should be and the plugin where it should be, on a thread of its own, until it is stopped.
 #[derive(Debug)]
 pub struct Keeper {
     /// Its end ends the thread.
@@ -126,10 +124,10 @@ impl Keeper {
     ///
     /// # Errors
     /// There is no thread to be had.
-    pub fn start(dir: PathBuf, ours: PluginConfig) -> io::Result<Self> {
+    pub fn start(dir: PathBuf, bin_dir: Option<PathBuf>, ours: PluginConfig) -> io::Result<Self> {
         let (running, ended) = channel();
         let thread = std::thread::Builder::new().name("conflist".into());
-        Ok(Self { running, thread: thread.spawn(move || keep_until(&ended, &dir, &ours))? })
+        Ok(Self { running, thread: thread.spawn(move || keep_until(&ended, (&dir, bin_dir.as_deref()), &ours))? })
     }
 
     /// Ends it: our file is not written any more.
@@ -140,9 +138,21 @@ impl Keeper {
     }
 }
 
-fn keep_until(ended: &Receiver<()>, dir: &Path, ours: &PluginConfig) {
-    let mut said = None;
+fn keep_until(ended: &Receiver<()>, (dir, bin_dir): (&Path, Option<&Path>), ours: &PluginConfig) {
+    let (mut said, mut said_of_plugin) = (None, None);
     loop {
+        // First, so that runtimes have it when they are told to start it.
+        if let Some(bin_dir) = bin_dir {
+            let now = keep_plugin(bin_dir, &mut || install_plugin(bin_dir)).map_err(|error| format!("{error:#}"));
+            match &now {
+                Ok(true) => tracing::warn!(dir = %bin_dir.display(), "the CNI plugin was gone and is there again"),
+                Err(error) if said_of_plugin.as_ref() != Some(error) => {
+                    tracing::error!(error, "the CNI plugin is gone: no pod starts");
+                }
+                Ok(false) | Err(_) => {}
+            }
+            said_of_plugin = now.err();
+        }
         let now = keep(dir, ours).map_err(|error| error.to_string());
         // Each state once.
         if said.as_ref() != Some(&now) && now != Ok(Kept::Unchanged) {
@@ -179,7 +189,17 @@ pub fn install_plugin(bin_dir: &Path) -> Result<()> {
         return Ok(());
     }
     // A runtime may start it at any moment, and one that runs cannot be written to.
-    replace(bin_dir, ".mesh-cni.tmp", PLUGIN, (&bytes, 0o755)).with_context(|| format!("write {}", target.display()))
+    replace(bin_dir, PLUGIN, (&bytes, 0o755)).with_context(|| format!("write {}", target.display()))
+}
+
+/// Puts the plugin back if somebody has taken it away, as an agent of another installation does when it ends; whether it had to.
+/// One that is there may be that of a newer agent.
+fn keep_plugin(bin_dir: &Path, install: &mut dyn FnMut() -> Result<()>) -> Result<bool> {
+    let is_there = bin_dir.join(PLUGIN).try_exists().with_context(|| format!("look into {}", bin_dir.display()))?;
+    if !is_there {
+        install()?;
+    }
+    Ok(!is_there)
 }
 
 /// Takes away all that was installed: first what makes runtimes start the plugin.
@@ -209,8 +229,9 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn replace(dir: &Path, fresh: &str, name: &str, (bytes, mode): (&[u8], u32)) -> io::Result<()> {
-    let fresh = dir.join(fresh);
+fn replace(dir: &Path, name: &str, (bytes, mode): (&[u8], u32)) -> io::Result<()> {
+    // Runtimes pass over a name like this. While one agent follows another there are two.
+    let fresh = dir.join(format!(".{name}.{}.tmp", std::process::id()));
     // Its mode counts only when it is made.
     remove(&fresh)?;
     let mut file = File::options().write(true).create_new(true).mode(mode).open(&fresh)?;

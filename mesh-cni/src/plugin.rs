@@ -92,7 +92,7 @@ fn decide(ours: &PluginConfig, request: &Request, started: Instant) -> Result<St
     match ask(&ours.agent_socket, request, Patience { deadline: started + ours.wait(), outside_at }) {
         Said::Proceed => Ok("the agent: it starts".to_owned()),
         Said::OutsideAsKnown { why_not_asked } => {
-            let noted = unasked::note(&ours.state_dir, request).map_err(|error| error.to_string());
+            let noted = unasked::note(&ours.state_dir, request, SystemTime::now()).map_err(|error| error.to_string());
             let noted = noted.err().map_or(String::new(), |error| format!("; the agent will not hear of it: {error}"));
             Ok(format!("its namespace has had no member: it starts unasked ({why_not_asked}){noted}"))
         }

@@ -77,7 +77,8 @@ impl Store {
     /// The directory cannot be made or written to.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let fresh = dir.join(".namespaces.tmp");
+        // While one agent follows another there are two.
+        let fresh = dir.join(format!(".namespaces.{}.tmp", std::process::id()));
         let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
         file.write_all(&serde_json::to_vec(self)?)?;
         file.sync_all()?;

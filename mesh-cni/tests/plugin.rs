@@ -235,9 +235,9 @@ fn a_pod_of_a_namespace_known_to_be_outside_starts_without_the_agent_and_is_note
     let batch = [("CNI_ARGS", "K8S_POD_NAMESPACE=batch;K8S_POD_NAME=job;K8S_POD_UID=u2")];
     node.knew_batch_outside(Duration::from_secs(60));
     assert_eq!(run("ADD", &batch, &node.config(60)), passed_on());
-    let noted = unasked::take(&node.dir.join("state")).unwrap();
-    assert_eq!(noted.iter().map(|request| request.pod.as_str()).collect::<Vec<_>>(), ["job"]);
-    assert!(unasked::take(&node.dir.join("state")).unwrap().is_empty());
+    let noted = unasked::read(&node.dir.join("state")).unwrap();
+    assert_eq!(noted.iter().map(|note| note.request.pod.as_str()).collect::<Vec<_>>(), ["job"]);
+    unasked::strike(&node.dir.join("state"), &noted).unwrap();
     // An agent that knows better, and knowledge that is too old.
     let agent = node.agent(&[NOT_READY; 40]);
     assert_eq!(run("ADD", &batch, &node.config(7)).1, 1);
@@ -245,7 +245,7 @@ fn a_pod_of_a_namespace_known_to_be_outside_starts_without_the_agent_and_is_note
     fs::remove_file(node.socket()).unwrap();
     node.knew_batch_outside(BELIEVED_FOR);
     assert_eq!(run("ADD", &batch, &node.config(7)).1, 1);
-    assert!(unasked::take(&node.dir.join("state")).unwrap().is_empty());
+    assert!(unasked::read(&node.dir.join("state")).unwrap().is_empty());
 }
 
 #[test]

@@ -65,7 +65,8 @@ fn what_nothing_can_be_chained_to_is_said() {
 
 #[test]
 fn the_main_configuration_is_the_first_of_the_others() {
-    let names = ["20-b.conf", FILE, "10-a.conflist", "05-x.cilium_bak", "README", "30-c.json", ".00-mesh.tmp"];
+    let names =
+        ["20-b.conf", FILE, "10-a.conflist", "05-x.cilium_bak", "README", "30-c.json", ".00-mesh.conflist.7.tmp"];
     assert_eq!(candidates(names.map(str::to_owned).into()), ["10-a.conflist", "20-b.conf", "30-c.json"]);
 }
 
@@ -98,5 +99,19 @@ fn our_file_follows_the_main_one_and_goes_with_it() {
     fs::remove_file(dir.join("10-a.conf")).unwrap();
     assert_eq!(keep(&dir, &ours()).unwrap(), Kept::Absent);
     assert!(!dir.join(FILE).exists());
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_plugin_that_was_taken_away_is_put_back_and_another_one_stays() {
+    let dir = std::env::temp_dir().join(format!("mesh-agent-bin-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    let mut install = || -> Result<()> { Ok(replace(&dir, PLUGIN, (b"ours", 0o755))?) };
+    assert!(keep_plugin(&dir, &mut install).unwrap());
+    assert!(!keep_plugin(&dir, &mut install).unwrap());
+    fs::write(dir.join(PLUGIN), "of a newer agent").unwrap();
+    assert!(!keep_plugin(&dir, &mut install).unwrap());
+    assert_eq!(fs::read_to_string(dir.join(PLUGIN)).unwrap(), "of a newer agent");
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing else is left behind");
     fs::remove_dir_all(dir).unwrap();
 }

@@ -1,14 +1,19 @@
 //! Whether the installation that this agent is a part of is still there when the agent is told to end.
 
+use std::pin::pin;
 use std::str::FromStr;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Client;
 use kube::api::Api;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// The API server has to say within this time; then the installation counts as there.
+/// The API server has to say within this time; then what was heard counts.
 const SAID_WITHIN: Duration = Duration::from_secs(5);
 
 /// The DaemonSet that runs the agents of all nodes.
@@ -33,46 +38,139 @@ impl FromStr for Owner {
     }
 }
 
-impl Owner {
-    /// Whether it was deleted. An API server that does not answer says nothing of the kind: an agent that is replaced, or whose
-    /// node shuts down, leaves pods waiting for the next one.
-    pub(super) async fn is_gone(&self, client: Client) -> bool {
-        let api = Api::<DaemonSet>::namespaced(client, &self.namespace);
-        match timeout(SAID_WITHIN, api.get_opt(&self.name)).await {
-            Ok(said) => says_gone(&said.map(|found| found.map(|set| set.metadata.deletion_timestamp.is_some()))),
-            Err(_) => false,
+/// Asks about the owner and listens meanwhile: a watch that was opened in time outlives the account and the role that it was opened
+/// with, which an uninstallation deletes a moment after the DaemonSet.
+#[derive(Debug)]
+pub(super) struct Watched {
+    owner: Owner,
+    heard: watch::Receiver<Heard>,
+}
+
+/// Whether it stands.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    #[default]
+    Unknown,
+    Stands,
+    Deleted,
+}
+
+/// What the watch has said.
+#[derive(Debug, Default)]
+struct Heard {
+    standing: Standing,
+    /// The list that is being read has it.
+    is_listed: bool,
+}
+
+impl Standing {
+    fn of(set: &DaemonSet) -> Self {
+        if set.metadata.deletion_timestamp.is_some() { Self::Deleted } else { Self::Stands }
+    }
+}
+
+impl Heard {
+    fn take(&mut self, event: &Event<DaemonSet>) {
+        match event {
+            Event::Init => self.is_listed = false,
+            Event::InitApply(set) | Event::Apply(set) => (self.is_listed, self.standing) = (true, Standing::of(set)),
+            // Deleted while there was no watch.
+            Event::InitDone if !self.is_listed && self.standing == Standing::Stands => {
+                self.standing = Standing::Deleted;
+            }
+            Event::InitDone => {}
+            Event::Delete(_) => self.standing = Standing::Deleted,
         }
     }
 }
 
-/// What an answer means: found or not, and if found whether it is being deleted.
-fn says_gone(said: &kube::Result<Option<bool>>) -> bool {
-    match said {
-        Ok(None) => true,
-        Ok(Some(is_being_deleted)) => *is_being_deleted,
-        // The agent's account, or the role that lets it ask, has been deleted as well.
-        Err(kube::Error::Api(status)) => matches!(status.code, 401 | 403),
-        Err(_) => false,
+impl Owner {
+    /// Listens from now on, on a task of its own: whatever becomes of this watch, the others do not feel it.
+    pub(super) fn watch(self, client: Client) -> Watched {
+        let (sender, heard) = watch::channel(Heard::default());
+        let api = Api::<DaemonSet>::namespaced(client, &self.namespace);
+        let by_name = watcher::Config::default().fields(&format!("metadata.name={}", self.name));
+        tokio::spawn(async move {
+            let mut events = pin!(watcher(api, by_name).default_backoff());
+            while let Some(event) = events.next().await {
+                match event {
+                    Ok(event) => sender.send_modify(|heard| heard.take(&event)),
+                    Err(error) => tracing::warn!(%error, "the watch of the agents' DaemonSet failed and begins anew"),
+                }
+            }
+        });
+        Watched { owner: self, heard }
     }
+}
+
+impl Watched {
+    /// Whether it was deleted. Only who says so counts. An API server that does not answer, or does not let the agent ask, says
+    /// nothing of the kind: the token of a pod ends with the pod, and an agent that is replaced, or whose node shuts down, leaves
+    /// pods waiting for the next one.
+    pub(super) async fn is_gone(&self, client: Client) -> bool {
+        let api = Api::<DaemonSet>::namespaced(client, &self.owner.namespace);
+        let answered = match timeout(SAID_WITHIN, api.get_opt(&self.owner.name)).await {
+            Ok(Ok(found)) => Some(found.as_ref().map_or(Standing::Deleted, Standing::of)),
+            Ok(Err(error)) => {
+                tracing::info!(%error, "the API server does not say whether the mesh is uninstalled");
+                None
+            }
+            Err(_) => None,
+        };
+        is_gone(answered, self.heard.borrow().standing)
+    }
+}
+
+/// An answer is newer than what was heard.
+fn is_gone(answered: Option<Standing>, heard: Standing) -> bool {
+    answered.unwrap_or(heard) == Standing::Deleted
 }
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
     use super::*;
 
+    fn set(is_being_deleted: bool) -> DaemonSet {
+        let mut set = DaemonSet::default();
+        set.metadata.deletion_timestamp = is_being_deleted.then(|| Time(Default::default()));
+        set
+    }
+
     #[test]
-    fn an_owner_is_gone_when_the_api_server_says_so_and_not_when_it_says_nothing() {
-        let status = |code| kube::Error::Api(Box::new(kube::core::Status { code, ..Default::default() }));
-        for (said, expected) in [
-            (Ok(None), true),
-            (Ok(Some(true)), true),
-            (Ok(Some(false)), false),
-            (Err(status(401)), true),
-            (Err(status(403)), true),
-            (Err(status(500)), false),
-            (Err(kube::Error::LinesCodecMaxLineLengthExceeded), false),
+    fn the_watch_hears_of_a_deletion_in_each_of_its_forms_and_of_a_new_one_after_it() {
+        let check = |events: &[Event<DaemonSet>], expected: Standing| {
+            let mut heard = Heard::default();
+            events.iter().for_each(|event| heard.take(event));
+            assert_eq!(heard.standing, expected, "{events:?}");
+        };
+        let listed = [Event::Init, Event::InitApply(set(false)), Event::InitDone];
+        let after = |more: &[Event<DaemonSet>]| [&listed[..], more].concat();
+        check(&[], Standing::Unknown);
+        check(&[Event::Init, Event::InitDone], Standing::Unknown);
+        check(&listed, Standing::Stands);
+        check(&after(&[Event::Apply(set(false))]), Standing::Stands);
+        check(&after(&[Event::Apply(set(true))]), Standing::Deleted);
+        check(&after(&[Event::Delete(set(false))]), Standing::Deleted);
+        check(&after(&[Event::Init]), Standing::Stands);
+        check(&after(&[Event::Init, Event::InitDone]), Standing::Deleted);
+        check(&after(&listed), Standing::Stands);
+        check(&after(&[Event::Delete(set(false)), Event::Apply(set(false))]), Standing::Stands);
+    }
+
+    #[test]
+    fn an_answer_counts_for_more_than_what_was_heard_and_silence_is_no_proof() {
+        use Standing::{Deleted, Stands, Unknown};
+        for (answered, heard, expected) in [
+            (Some(Deleted), Stands, true),
+            (Some(Stands), Deleted, false),
+            // 401, 403, a server that is away: the account may be gone, or only the pod.
+            (None, Deleted, true),
+            (None, Stands, false),
+            (None, Unknown, false),
         ] {
-            assert_eq!(says_gone(&said), expected, "{said:?}");
+            assert_eq!(is_gone(answered, heard), expected, "{answered:?} {heard:?}");
         }
     }
 

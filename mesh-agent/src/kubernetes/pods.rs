@@ -21,6 +21,8 @@ pub struct Pods {
     /// By UID. They may not have been heard of yet.
     plugged: BTreeMap<String, Plugged>,
     is_complete: bool,
+    /// The mesh is uninstalled.
+    is_closed: bool,
 }
 
 /// A pod whose network has just been made, as the CNI plugin tells of it.
@@ -121,8 +123,16 @@ impl Pods {
         self.all_members().filter(|(_, _, netns)| netns.is_none()).map(|(uid, _, _)| uid.clone()).collect()
     }
 
+    /// From now on nothing should be served, whatever is heard or told.
+    pub fn close(&mut self) {
+        self.is_closed = true;
+    }
+
     /// What should be served.
     pub fn desired(&self) -> Desired {
+        if self.is_closed {
+            return Desired::default();
+        }
         self.all_members().map(|(uid, pod, netns)| (uid.clone(), enrol(pod, netns))).collect()
     }
 
@@ -268,6 +278,15 @@ mod tests {
         pods.plug("1".to_owned(), plugged("c1b", pod("shop", "web", &[]), later));
         pods.set_pods(BTreeMap::new(), now);
         assert!(pods.members().is_empty() && pods.plugged.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_served_after_the_close_whoever_tells_of_a_pod() {
+        let mut pods = world();
+        pods.close();
+        pods.plug("7".to_owned(), plugged("c7", pod("shop", "new", &[]), Instant::now()));
+        assert!(pods.desired().is_empty());
+        assert!(pods.living().contains("1"), "it is let go, and lives on");
     }
 
     #[test]
