@@ -1,11 +1,13 @@
 //! What the controller has to do with a Kubernetes API server: objects are read there ([`follow`]), node proxies' tokens
 //! are judged there ([`review`]), the signer is kept there ([`signer`]), and its roots are handed out there ([`roots`],
-//! [`bundle`]). It asks about objects before it takes them ([`webhook`], [`admission`]), and keeps what became of them
+//! [`bundle`]). It asks about objects before it takes them ([`webhook`], [`bodies`],
+//! [`admission`]), and keeps what became of them
 //! ([`conditions`]), if it leads ([`leader`]).
 //!
 //! Not here: what objects mean (`mesh_api::k8s`) and what follows from them (`mesh_core::config`).
 
 pub mod admission;
+pub mod bodies;
 pub mod bundle;
 pub mod conditions;
 pub mod follow;

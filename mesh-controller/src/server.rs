@@ -122,6 +122,14 @@ pub struct Connection {
     _seat: Seat,
 }
 
+/// What counts as one peer: an address, or of IPv6 a /64, which is what a host has.
+pub fn host_of(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(v4) => IpAddr::V4(v4),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+    }
+}
+
 /// How many connections each address has.
 #[derive(Debug, Clone)]
 struct Peers {
@@ -138,10 +146,7 @@ struct Seat {
 
 impl Peers {
     fn seat(&self, ip: IpAddr) -> Option<Seat> {
-        let ip = match ip.to_canonical() {
-            IpAddr::V4(v4) => IpAddr::V4(v4),
-            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
-        };
+        let ip = host_of(ip);
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(ip).or_default();
         if *count >= self.most {

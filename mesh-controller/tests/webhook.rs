@@ -5,6 +5,7 @@ mod common;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{DEADLINE, tls_config};
 use mesh_controller::ca::authority::{Authority, SignerPem, make_root};
@@ -21,6 +22,8 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 const NAME: &str = "mesh-controller.istio-system.svc";
+/// How long an API server waits for an answer, by the chart.
+const API_SERVER_WAITS: Duration = Duration::from_secs(5);
 
 /// A webhook that answers, and what an API server knows of it.
 struct Bed {
@@ -167,13 +170,20 @@ async fn strangers_take_neither_the_room_of_connections_nor_that_of_bodies() {
         crowd.push(bed.connect_from(2).await.unwrap());
     }
     assert!(bed.connect_from(2).await.is_err(), "one address has its share");
-    // Large bodies that never come.
-    for tls in crowd.iter_mut().take(3) {
-        let head = format!("POST /validate HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", 6 << 20);
+    // Large bodies that never come, announced or in chunks.
+    for (i, tls) in crowd.iter_mut().enumerate() {
+        let length = if i % 2 == 0 { "content-length: 6291456" } else { "transfer-encoding: chunked" };
+        let head = format!("POST /validate HTTP/1.1\r\nhost: x\r\n{length}\r\n\r\n");
         tls.write_all(head.as_bytes()).await.unwrap();
         tls.flush().await.unwrap();
     }
-    assert_eq!(bed.ask(&review("10.0.0.0/8")).await["response"]["allowed"], true);
+    // Those of another are answered while it waits, small ones and large ones.
+    let mut large = review("10.0.0.0/8");
+    large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(5 << 20)});
+    for question in [review("10.0.0.0/8"), large] {
+        let answer = tokio::time::timeout(API_SERVER_WAITS, bed.ask(&question)).await.expect("an answer in time");
+        assert_eq!(answer["response"]["allowed"], true);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,10 +2,11 @@
 //!
 //! An API server shows no certificate unless somebody configures it to, so anybody may ask. A question changes nothing and
 //! its answer says nothing that is not in it; what a stranger can take is bounded: connections, the time of each, and
-//! the bytes of all bodies together.
+//! the room of bodies ([`super::bodies`]).
 
 use std::convert::Infallible;
 use std::io;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,19 +14,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Incoming};
+use http_body_util::Full;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_core::config::Settings;
-use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
+use tonic::transport::server::Connected;
 
 use super::admission;
+use super::bodies::{Bodies, Unread};
 use crate::metrics::Metrics;
-use crate::server::{Connection, Port};
+use crate::server::{Connection, Port, host_of};
 
 /// Bounds of the port. Those who ask are a handful of API servers, each with a question for each object that is written.
 pub const ADMISSION: Port = Port { protocol: b"http/1.1", connections: 256, per_peer: 64 };
@@ -35,10 +37,6 @@ const PATH: &str = "/validate";
 const WITHIN: Duration = Duration::from_secs(10);
 /// Time for the head of a request.
 const HEAD_WITHIN: Duration = Duration::from_secs(5);
-/// Bytes of a question. An API server takes requests of 3 MiB and stores objects of 1.5 MiB; a question may hold both.
-const MAX_BODY_BYTES: usize = 6 << 20;
-/// Bytes of all questions at once; the next ones wait.
-const MAX_BODIES_BYTES: usize = 4 * MAX_BODY_BYTES;
 /// Bytes of a connection's buffer, which a request's head must fit in.
 const BUFFER_BYTES: usize = 32 << 10;
 
@@ -47,8 +45,7 @@ const BUFFER_BYTES: usize = 32 << 10;
 pub struct Webhook {
     settings: Settings,
     metrics: Arc<Metrics>,
-    /// A permit is a byte of a body.
-    room: Semaphore,
+    bodies: Bodies,
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -56,7 +53,7 @@ type Answer = Response<Full<Bytes>>;
 impl Webhook {
     /// One that judges as a mesh with these settings does.
     pub fn new(settings: Settings, metrics: Arc<Metrics>) -> Self {
-        Self { settings, metrics, room: Semaphore::new(MAX_BODIES_BYTES) }
+        Self { settings, metrics, bodies: Bodies::new(ADMISSION.connections) }
     }
 
     /// Serves connections until it is dropped.
@@ -77,9 +74,10 @@ impl Webhook {
     }
 
     async fn connection(self: Arc<Self>, connection: Connection) {
+        let host = host_of(connection.connect_info().address.ip());
         let service = service_fn(move |request| {
             let this = self.clone();
-            async move { Ok::<_, Infallible>(this.answer(request).await) }
+            async move { Ok::<_, Infallible>(this.answer(host, request).await) }
         });
         let mut http = http1::Builder::new();
         // A connection that is kept would be closed at the end of its time, perhaps just when a question comes.
@@ -92,28 +90,27 @@ impl Webhook {
         }
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Answer {
+    async fn answer(self: Arc<Self>, host: IpAddr, request: Request<Incoming>) -> Answer {
         if request.uri().path() != PATH {
             return refuse(StatusCode::NOT_FOUND, &format!("there is only {PATH}"));
         }
         if request.method() != Method::POST {
             return refuse(StatusCode::METHOD_NOT_ALLOWED, "only POST");
         }
-        // What is not announced counts as the largest.
-        let announced = request.body().size_hint().upper().unwrap_or(MAX_BODY_BYTES as u64);
-        let Some(bytes) = u32::try_from(announced).ok().filter(|bytes| *bytes as usize <= MAX_BODY_BYTES) else {
-            return refuse(StatusCode::PAYLOAD_TOO_LARGE, &format!("at most {MAX_BODY_BYTES} bytes"));
-        };
-        let Ok(_room) = self.room.acquire_many(bytes).await else {
-            return refuse(StatusCode::SERVICE_UNAVAILABLE, "the controller ends");
-        };
-        let body = match Limited::new(request.into_body(), MAX_BODY_BYTES).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(error) => return refuse(StatusCode::BAD_REQUEST, &format!("the body cannot be read: {error}")),
+        let body = match self.bodies.read(host, request.into_body()).await {
+            Ok(body) => body,
+            Err(error) => {
+                let status = match error {
+                    Unread::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+                    Unread::TooSlow => StatusCode::REQUEST_TIMEOUT,
+                    Unread::Broken(_) => StatusCode::BAD_REQUEST,
+                };
+                return refuse(status, &error.to_string());
+            }
         };
         let settings = self.settings.clone();
-        // A large object takes a while.
-        match spawn_blocking(move || admission::review(&body, &settings)).await {
+        // A large object takes a while. It goes on without a connection, so the body's room goes with it.
+        match spawn_blocking(move || admission::review(body.bytes(), &settings)).await {
             Ok(Ok(answer)) => self.judged(&answer),
             Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, &error.to_string()),
             Err(error) => {
