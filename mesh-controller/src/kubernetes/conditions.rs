@@ -49,7 +49,15 @@ pub async fn keep(client: Client, mut verdicts: watch::Receiver<Verdicts>, mut l
             return;
         }
         let now = verdicts.borrow_and_update().clone();
-        let complaint = write_all(&client, &now).await.err().map(|error| error.to_string());
+        let written = tokio::select! {
+            // Whoever leads now writes the rest; what is under way holds for the version that was judged only.
+            lost = leads.wait_for(|leads| !leads) => match lost {
+                Ok(_) => continue,
+                Err(_) => return,
+            },
+            written = write_all(&client, &now) => written,
+        };
+        let complaint = written.err().map(|error| error.to_string());
         if let Some(error) = complaint.as_ref().filter(|_| complained != complaint) {
             tracing::warn!(error, "the status of policies is not written; trying again");
         }
@@ -62,7 +70,7 @@ pub async fn keep(client: Client, mut verdicts: watch::Receiver<Verdicts>, mut l
         tokio::select! {
             changed = verdicts.changed() => if changed.is_err() { return },
             // Whoever led meanwhile may have written something else.
-            _ = leads.wait_for(|leads| !leads) => {}
+            lost = leads.wait_for(|leads| !leads) => if lost.is_err() { return },
         }
     }
 }
@@ -152,6 +160,14 @@ fn conditions(seen: &Seen, verdict: &Verdict, now: OffsetDateTime) -> Option<Vec
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::Full;
+    use mesh_core::config::Kind;
+    use tokio::sync::mpsc;
+
     use super::*;
 
     fn found(code: &str, severity: &str) -> Problem {
@@ -217,5 +233,41 @@ mod tests {
         let fourth = conditions(&seen, &judge(&seen, &[&found("MESH104", "warning")]), at(4)).unwrap();
         assert_eq!(fourth.len(), 2);
         assert_eq!(fourth[1]["type"], "WaypointAccepted");
+    }
+
+    /// Says when it is dropped.
+    struct Given(mpsc::UnboundedSender<&'static str>);
+
+    impl Drop for Given {
+        fn drop(&mut self) {
+            let _ = self.0.send("given up");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_does_not_lead_any_more_writes_nothing_more() {
+        let (said, mut heard) = mpsc::unbounded_channel();
+        // An API server that answers nothing.
+        let service = tower::service_fn(move |_: Request<kube::client::Body>| {
+            let _ = said.send("asked");
+            let given = Given(said.clone());
+            async move {
+                std::future::pending::<()>().await;
+                drop(given);
+                Ok::<_, tower::BoxError>(Response::new(Full::<Bytes>::default()))
+            }
+        });
+        let key = ObjectKey::new(Kind::AuthorizationPolicy, "shop", "it");
+        let seen = Seen { api_version: "security.istio.io/v1".into(), ..Seen::default() };
+        let all = Verdicts { seen: Arc::new(BTreeMap::from([(key, seen)])), ..Verdicts::default() };
+        let ((_verdicts, verdicts), (leads, is_leader)) = (watch::channel(all), watch::channel(false));
+        tokio::spawn(keep(Client::new(service, "shop"), verdicts, is_leader));
+        for _ in 0..2 {
+            leads.send_replace(true);
+            assert_eq!(heard.recv().await, Some("asked"));
+            leads.send_replace(false);
+            let end = tokio::time::timeout(RETRY, heard.recv()).await.expect("what is under way is given up");
+            assert_eq!(end, Some("given up"));
+        }
     }
 }
