@@ -1,7 +1,7 @@
 //! The `caBundle` of our ValidatingWebhookConfiguration: the roots that the API server knows the webhook's server by.
 //!
 //! It is looked at again and again rather than watched: whoever may watch one configuration by its name may list it only by a
-//! field selector, and what somebody else writes there is repaired within [`LOOK_EVERY`] either way. All replicas sign with
+//! field selector, and what somebody else writes there is repaired within [`LOOK_EVERY`] and [`LOOK_WITHIN`] either way. All replicas sign with
 //! one signer, so they write the same.
 
 use std::sync::Arc;
@@ -18,6 +18,8 @@ use crate::ca::authority::Authority;
 
 /// How often the configuration is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Time for a look. An API server that has gone without a word does not end the connection to it.
+const LOOK_WITHIN: Duration = Duration::from_secs(10);
 
 /// The configuration, and the roots that belong into it.
 pub struct Bundle {
@@ -49,9 +51,9 @@ impl Bundle {
     pub async fn keep(self, settled: watch::Sender<bool>) {
         let (mut last, mut complained) = (None, None);
         loop {
-            let complaint = match self.look().await {
-                Ok(Looked::Overtaken) => None,
-                Ok(looked) => {
+            let complaint = match tokio::time::timeout(LOOK_WITHIN, self.look()).await {
+                Ok(Ok(Looked::Overtaken)) => None,
+                Ok(Ok(looked)) => {
                     if last != Some(looked) {
                         self.say(looked);
                     }
@@ -59,7 +61,8 @@ impl Bundle {
                     settled.send_replace(true);
                     None
                 }
-                Err(error) => Some(error.to_string()),
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("the API server does not answer".to_owned()),
             };
             if let Some(error) = complaint.as_ref().filter(|_| complained != complaint) {
                 tracing::error!(configuration = self.name, error, "the webhook's caBundle is not kept; trying again");
