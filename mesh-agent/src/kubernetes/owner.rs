@@ -129,6 +129,8 @@ fn is_gone(answered: Option<Standing>, heard: Standing) -> bool {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -172,6 +174,59 @@ mod tests {
         ] {
             assert_eq!(is_gone(answered, heard), expected, "{answered:?} {heard:?}");
         }
+    }
+
+    const LIST: &str = r#"{"kind":"DaemonSetList","apiVersion":"apps/v1","metadata":{"resourceVersion":"7"},"items":[
+        {"metadata":{"name":"mesh-node","namespace":"istio-system","resourceVersion":"7"}}]}"#;
+    const DELETED: &str = r#"{"type":"DELETED","object":{"kind":"DaemonSet","apiVersion":"apps/v1",
+        "metadata":{"name":"mesh-node","namespace":"istio-system","resourceVersion":"8"}}}"#;
+    const FORBIDDEN: &str =
+        r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","reason":"Forbidden","code":403}"#;
+
+    /// One request to an API server that lists and watches the DaemonSet by its name alone, and lets nobody get it.
+    async fn answer(mut stream: TcpStream, events: &'static str) {
+        let mut head = String::new();
+        BufReader::new(&mut stream).read_line(&mut head).await.unwrap();
+        let is_named =
+            head.contains("/namespaces/istio-system/daemonsets?") && head.contains("metadata.name%3Dmesh-node");
+        let is_watch = is_named && head.contains("watch=true");
+        let (status, body) = match (is_named, is_watch) {
+            (true, true) => ("200 OK", events.replace('\n', "") + "\n"),
+            (true, false) => ("200 OK", LIST.to_owned()),
+            (false, _) => ("403 Forbidden", FORBIDDEN.to_owned()),
+        };
+        let head = format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n");
+        stream.write_all((head + &body).as_bytes()).await.unwrap();
+        if is_watch {
+            // It stays open.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    async fn watched(events: &'static str) -> (Watched, Client) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(answer(stream, events));
+            }
+        });
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        let watched = "istio-system/mesh-node".parse::<Owner>().unwrap().watch(client.clone());
+        (watched, client)
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_may_not_ask_goes_by_its_watch() {
+        let within = Duration::from_secs(20);
+        let (mut watched_on, client) = watched("").await;
+        let stands = watched_on.heard.wait_for(|heard| heard.standing == Standing::Stands);
+        drop(timeout(within, stands).await.expect("it is listed").unwrap());
+        assert!(!watched_on.is_gone(client).await, "its pod may have been deleted by force");
+        let (mut watched_to_end, client) = watched(DELETED).await;
+        let deleted = watched_to_end.heard.wait_for(|heard| heard.standing == Standing::Deleted);
+        drop(timeout(within, deleted).await.expect("its deletion is heard").unwrap());
+        assert!(watched_to_end.is_gone(client).await);
     }
 
     #[test]
