@@ -385,6 +385,35 @@ mod tests {
         fs::remove_dir_all(root).unwrap();
     }
 
+    /// Whether a pod that the runtime calls `h2` is found where the API server first says this of it, and then that it is `h2`.
+    async fn found_after(first: &'static str) -> Result<String, Answer> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = tokio::spawn(async move {
+            for metadata in [first, r#""uid":"u2","annotations":{"kubernetes.io/config.hash":"h2"}"#] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                BufReader::new(&mut stream).read_line(&mut String::new()).await.unwrap();
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n";
+                let pod = format!(r#"{{"metadata":{{"name":"web","namespace":"shop",{metadata}}}}}"#);
+                stream.write_all(format!("{head}{pod}").as_bytes()).await.unwrap();
+            }
+        });
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        let desk = Desk::new(client, Arc::default(), Arc::default(), 0);
+        let line = r#"{"command":"add","namespace":"shop","pod":"web","uid":"h2","container":"c"}"#;
+        let found = desk.find(&serde_json::from_str(line).unwrap(), Instant::now() + Duration::from_secs(20)).await;
+        serving.abort();
+        found.map(|found| found.uid)
+    }
+
+    #[tokio::test]
+    async fn a_static_pod_waits_for_its_own_mirror_and_any_other_is_refused() {
+        let mirror = found_after(r#""uid":"u1","annotations":{"kubernetes.io/config.hash":"h1"}"#).await;
+        assert_eq!(mirror, Ok("u2".to_owned()));
+        let reason = "another pod (u1) has its name now".to_owned();
+        assert_eq!(found_after(r#""uid":"u1""#).await, Err(Answer::Refused { reason }));
+    }
+
     /// One line to an agent with a namespace in the mesh, one outside, and no API server; and its answer.
     async fn said(path: &Path, line: &str) -> String {
         let mut stream = UnixStream::connect(path).await.unwrap();
