@@ -19,7 +19,7 @@ use crate::kubernetes::review::Account;
 use crate::source::{Changed, Source};
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
-use crate::{place, problem};
+use crate::{admin_pipe, place, problem};
 
 /// Exit code of `check` when it finds errors (as `istioctl analyze`).
 const EXIT_FINDINGS: u8 = 79;
@@ -42,6 +42,15 @@ enum Command {
     Check(CheckArgs),
     /// Replace the mesh's own root certificate, in three stages, without an interruption
     RotateRoot(RotateArgs),
+    /// Carry standard input and output to the admin interface of the controller that runs here
+    Admin(AdminArgs),
+}
+
+#[derive(Debug, Args)]
+struct AdminArgs {
+    /// Unix socket of the admin interface
+    #[arg(long, env = "MESH_ADMIN_SOCKET", value_name = "PATH")]
+    admin_socket: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -205,6 +214,7 @@ pub fn main() -> ExitCode {
         Command::Token(args) => token(&args),
         Command::Check(args) => check(args),
         Command::RotateRoot(args) => rotate_root(&args),
+        Command::Admin(args) => admin_pipe::run(&args.admin_socket).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         eprintln!("mesh-controller: {error:#}");

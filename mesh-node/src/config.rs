@@ -46,6 +46,8 @@ pub enum Command {
     AgentEnded(AgentEndedArgs),
     /// Exit with 0 if the node proxy of this pod is ready, for a probe: on one node, two share the readiness port
     Ready(ReadyArgs),
+    /// Carry standard input and output to the admin interface of the node proxy that runs here
+    Admin(AdminArgs),
 }
 
 /// Flags of `ready`.
@@ -57,6 +59,14 @@ pub struct ReadyArgs {
     /// Address of the readiness port
     #[arg(long, env = "MESH_READY_ADDR", default_value = "127.0.0.1:15021", value_name = "ADDR")]
     pub ready_addr: SocketAddr,
+}
+
+/// Flags of `admin`.
+#[derive(Debug, Args)]
+pub struct AdminArgs {
+    /// Unix socket of the admin interface
+    #[arg(long, env = "MESH_ADMIN_SOCKET", value_name = "PATH")]
+    pub admin_socket: PathBuf,
 }
 
 /// Flags of `agent`.
