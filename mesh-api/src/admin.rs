@@ -354,6 +354,9 @@ pub struct ConnectedNode {
     pub address: String,
     /// `SYNCED`, `STALE` or `NOT SENT`.
     pub sync: String,
+    /// The same by type: short names of type URLs (`Address`).
+    #[serde(default)]
+    pub types: BTreeMap<String, String>,
     /// Seconds since the last ACK.
     pub last_ack_secs: u64,
     /// Rejected resources and why.

@@ -89,6 +89,14 @@ impl ResourceType {
         }
     }
 
+    /// For people.
+    pub fn short_name(self) -> &'static str {
+        match self {
+            Self::Authorization => "Authorization",
+            Self::Address => "Address",
+        }
+    }
+
     /// From a request.
     pub fn from_type_url(url: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.type_url() == url)

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use mesh_api::admin::ConnectedNode;
 
-use super::session::Sync;
+use super::catalogue::ResourceType;
+use super::session::{Sync, SyncByType};
 
 /// Streams of one node at once: two proxies while one takes over, and what is left of broken connections. So no node can
 /// keep the others out.
@@ -30,6 +31,7 @@ struct StreamState {
     node: String,
     address: SocketAddr,
     sync: Sync,
+    types: SyncByType,
     /// Generation of the catalogue that `sync` speaks of.
     generation: u64,
     last_ack: Option<Instant>,
@@ -56,6 +58,7 @@ impl Nodes {
             node: node.to_owned(),
             address,
             sync: Sync::NotSent,
+            types: [Sync::NotSent; ResourceType::ALL.len()],
             generation: 0,
             last_ack: None,
             rejected: BTreeMap::new(),
@@ -79,15 +82,17 @@ impl Nodes {
 
 /// A stream that has not looked at what is published yet is not in sync with it, whatever it said before.
 fn row(stream: &StreamState, generation: u64, now: Instant) -> ConnectedNode {
+    let word = |sync: Sync| match sync {
+        Sync::NotSent => "NOT SENT".to_owned(),
+        Sync::Synced if stream.generation >= generation => "SYNCED".to_owned(),
+        Sync::Synced | Sync::Stale => "STALE".to_owned(),
+    };
+    let types = ResourceType::ALL.iter().zip(stream.types);
     ConnectedNode {
         node: stream.node.clone(),
         address: stream.address.to_string(),
-        sync: match stream.sync {
-            Sync::NotSent => "NOT SENT",
-            Sync::Synced if stream.generation >= generation => "SYNCED",
-            Sync::Synced | Sync::Stale => "STALE",
-        }
-        .into(),
+        sync: word(stream.sync),
+        types: types.map(|(kind, sync)| (kind.short_name().to_owned(), word(sync))).collect(),
         last_ack_secs: stream.last_ack.map_or(0, |at| now.saturating_duration_since(at).as_secs()),
         rejected: stream.rejected.clone(),
     }
@@ -95,8 +100,8 @@ fn row(stream: &StreamState, generation: u64, now: Instant) -> ConnectedNode {
 
 impl Stream {
     /// Notes how the stream stands to a generation of the catalogue.
-    pub fn note(&self, sync: Sync, generation: u64) {
-        self.update(|state| (state.sync, state.generation) = (sync, generation));
+    pub fn note(&self, sync: Sync, types: SyncByType, generation: u64) {
+        self.update(|state| (state.sync, state.types, state.generation) = (sync, types, generation));
     }
 
     /// Notes an answer of the client and what it refuses.
@@ -129,13 +134,16 @@ mod tests {
         let nodes = Arc::new(Nodes::default());
         let stream = nodes.connect("node-a", SocketAddr::from(([10, 0, 0, 1], 1))).expect("room");
         let shown = |generation| nodes.rows(generation, Instant::now())[0].sync.clone();
+        let of_type = |generation| nodes.rows(generation, Instant::now())[0].types["Address"].clone();
+        let [none, all] = [Sync::NotSent, Sync::Synced].map(|sync| [sync; ResourceType::ALL.len()]);
         assert_eq!(shown(0), "NOT SENT");
-        stream.note(Sync::Synced, 3);
+        stream.note(Sync::Synced, all, 3);
         assert_eq!(shown(3), "SYNCED");
         assert_eq!(shown(4), "STALE", "it was in sync with an older one");
-        stream.note(Sync::Stale, 4);
-        assert_eq!(shown(4), "STALE");
-        stream.note(Sync::Synced, 4);
+        assert_eq!((of_type(3), of_type(4)), ("SYNCED".to_owned(), "STALE".to_owned()));
+        stream.note(Sync::Stale, none, 4);
+        assert_eq!((shown(4), of_type(4)), ("STALE".to_owned(), "NOT SENT".to_owned()));
+        stream.note(Sync::Synced, all, 4);
         assert_eq!(shown(4), "SYNCED");
     }
 

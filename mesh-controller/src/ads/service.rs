@@ -119,7 +119,7 @@ impl Driver {
                 let catalogue = self.shared.catalogue.read().map_err(|_| Status::internal("the catalogue is lost"))?;
                 (self.session.next(&catalogue).map_err(|error| status(&error))?, catalogue.generation())
             };
-            self.entry.note(self.session.sync(), seen);
+            self.entry.note(self.session.sync(), self.session.sync_by_type(), seen);
             if let Some(response) = response {
                 self.count(&response);
                 return Ok(Some(response));

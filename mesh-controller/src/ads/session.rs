@@ -101,6 +101,9 @@ pub enum Sync {
     Synced,
 }
 
+/// In the order of [`ResourceType::ALL`].
+pub type SyncByType = [Sync; ResourceType::ALL.len()];
+
 impl Session {
     /// Takes a request.
     pub fn hear(&mut self, request: DeltaDiscoveryRequest) -> Result<Heard, SessionError> {
@@ -174,6 +177,15 @@ impl Session {
         } else {
             Sync::Synced
         }
+    }
+
+    /// The same for each type.
+    pub fn sync_by_type(&self) -> SyncByType {
+        ResourceType::ALL.map(|kind| match self.types.get(&kind) {
+            Some(session) if session.answered && session.in_flight.is_none() => Sync::Synced,
+            Some(session) if session.answered => Sync::Stale,
+            Some(_) | None => Sync::NotSent,
+        })
     }
 
     /// Resources that the client refused and that did not change since, with reasons.

@@ -85,6 +85,7 @@ fn all_then_exactly_what_changes() {
     assert_eq!(s.session.sync(), Sync::Stale);
     s.ack(Address, &nonce);
     assert_eq!(s.session.sync(), Sync::Synced);
+    assert_eq!(s.session.sync_by_type(), [Sync::NotSent, Sync::Synced], "policies were not asked for");
     s.silence();
     s.catalogue.apply(vec![put(Address, "b", "2")]);
     let nonce = s.expect(Address, "b=2");
