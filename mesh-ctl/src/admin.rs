@@ -1,13 +1,16 @@
-//! Client of the admin endpoints: HTTP/1.1 over Unix sockets.
+//! Client of the admin endpoints: HTTP/1.1 over Unix sockets, or over whatever else leads there.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 /// A whole request may take this long; an admin endpoint answers from memory.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
@@ -89,8 +92,7 @@ pub async fn post<T: DeserializeOwned>(
     path: &str,
     body: &impl serde::Serialize,
 ) -> Result<T, AdminError> {
-    let body = serde_json::to_vec(body).map_err(|e| AdminError::Malformed { path: path.into(), why: e.to_string() })?;
-    let answer = send(socket, "POST", path, body).await?;
+    let answer = send(socket, "POST", path, encode(path, body)?).await?;
     decode(path, &answer)
 }
 
@@ -113,30 +115,69 @@ async fn exchange(socket: &Path, method: &str, path: &str, body: Vec<u8>) -> Res
         std::io::ErrorKind::PermissionDenied => AdminError::NotPermitted { socket: socket.into() },
         _ => unreachable(&e), // Every other kind means that nobody can be talked to.
     })?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(&e))?;
-    let connection = tokio::spawn(connection);
-    let request = http::Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "localhost")
-        .header("content-type", "application/json")
-        .body(Full::new(Bytes::from(body)))
-        .map_err(|e| AdminError::Malformed { path: path.into(), why: e.to_string() })?;
-    let response = sender.send_request(request).await.map_err(|e| unreachable(&e))?;
-    let status = response.status();
-    let body = response.into_body().collect().await.map_err(|e| unreachable(&e))?.to_bytes();
-    connection.abort();
-    if status.is_success() {
-        return Ok(body);
-    }
-    Err(AdminError::Refused {
-        path: path.into(),
-        status: status.as_u16(),
-        body: String::from_utf8_lossy(&body).into_owned(),
+    let mut session = Session::open(stream).await.map_err(|e| unreachable(&e))?;
+    session.send(method, path, body).await.map_err(|failed| match failed {
+        Failed::Broken(why) => unreachable(&why),
+        Failed::Answered(error) => error,
     })
 }
 
-fn decode<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, AdminError> {
+/// A connection to an admin endpoint; dropping it closes it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    sender: SendRequest<Full<Bytes>>,
+    connection: JoinHandle<hyper::Result<()>>,
+}
+
+/// Why there is no answer on a connection.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// It has ended, or ended before there was an answer.
+    Broken(hyper::Error),
+    /// The answer is an error.
+    Answered(AdminError),
+}
+
+impl Session {
+    pub(crate) async fn open(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> hyper::Result<Self> {
+        let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+        Ok(Self { sender, connection: tokio::spawn(connection) })
+    }
+
+    /// One request; the body of a 2xx answer.
+    pub(crate) async fn send(&mut self, method: &str, path: &str, body: Vec<u8>) -> Result<Bytes, Failed> {
+        let request = http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|e| Failed::Answered(AdminError::Malformed { path: path.into(), why: e.to_string() }))?;
+        self.sender.ready().await.map_err(Failed::Broken)?;
+        let response = self.sender.send_request(request).await.map_err(Failed::Broken)?;
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(Failed::Broken)?.to_bytes();
+        if status.is_success() {
+            return Ok(body);
+        }
+        Err(Failed::Answered(AdminError::Refused {
+            path: path.into(),
+            status: status.as_u16(),
+            body: String::from_utf8_lossy(&body).into_owned(),
+        }))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+pub(crate) fn decode<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, AdminError> {
     serde_json::from_slice(body).map_err(|e| AdminError::Malformed { path: path.into(), why: e.to_string() })
+}
+
+pub(crate) fn encode(path: &str, body: &impl serde::Serialize) -> Result<Vec<u8>, AdminError> {
+    serde_json::to_vec(body).map_err(|e| AdminError::Malformed { path: path.into(), why: e.to_string() })
 }

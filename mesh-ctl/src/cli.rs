@@ -5,10 +5,21 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::sandbox::serve::Protocol;
+use crate::target::ROOT_NAMESPACE;
+
+/// Name of the sandbox that is meant if none is named.
+const DEFAULT_SANDBOX: &str = "default";
+/// Flags that name the parts of a mesh one by one.
+const SOCKETS: [&str; 2] = ["admin_socket", "controller_socket"];
 
 /// Inspect an ambient mesh, and try one out on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "mesh-ctl", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    after_help = "Which mesh: that of --kubeconfig or --context; else of --admin-socket and --controller-socket; else of \
+--sandbox; if none of these is given, the sandbox `default` if it is up, else the cluster that the kubeconfig names (as kubectl \
+finds it; in a pod, its own)."
+)]
 pub struct Cli {
     /// Where to look and how to print.
     #[command(flatten)]
@@ -27,16 +38,26 @@ pub struct Global {
     /// Leave the table's header out.
     #[arg(long, global = true, help_heading = "Output")]
     pub no_headers: bool,
-    /// Sandbox to look at, make, use or end; those with different names do not meet.
+    /// Sandbox to look at, make, use or end; those with different names do not meet [default: default].
+    #[arg(long, global = true, value_name = "NAME", env = "MESH_SANDBOX", help_heading = "Selectors")]
+    pub sandbox: Option<String>,
+    /// Kubeconfig of the cluster to look at [default: KUBECONFIG, else ~/.kube/config].
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Selectors", conflicts_with_all = SOCKETS)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig [default: its current one].
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Selectors", conflicts_with_all = SOCKETS)]
+    pub context: Option<String>,
+    /// Kubernetes namespace of the mesh's own parts.
     #[arg(
+        short,
         long,
         global = true,
-        value_name = "NAME",
-        env = "MESH_SANDBOX",
-        default_value = "default",
+        value_name = "NAMESPACE",
+        default_value = ROOT_NAMESPACE,
+        visible_alias = "mesh-namespace",
         help_heading = "Selectors"
     )]
-    pub sandbox: String,
+    pub istio_namespace: String,
     /// Admin socket of a node proxy, instead of a sandbox's (repeatable).
     #[arg(long, global = true, value_name = "PATH", help_heading = "Selectors")]
     pub admin_socket: Vec<PathBuf>,
@@ -46,12 +67,19 @@ pub struct Global {
     /// Only this node.
     #[arg(long, global = true, value_name = "NODE", help_heading = "Selectors")]
     pub node: Option<String>,
-    /// Only this Kubernetes namespace; also completes names given without one.
+    /// Only this Kubernetes namespace; also completes names given without one [default: that of the context].
     #[arg(short, long, global = true, value_name = "NAMESPACE", help_heading = "Selectors")]
     pub namespace: Option<String>,
     /// All Kubernetes namespaces (the default for lists).
     #[arg(short = 'A', long, global = true, conflicts_with = "namespace", help_heading = "Selectors")]
     pub all_namespaces: bool,
+}
+
+impl Global {
+    /// The sandbox that is meant.
+    pub fn sandbox_name(&self) -> &str {
+        self.sandbox.as_deref().unwrap_or(DEFAULT_SANDBOX)
+    }
 }
 
 /// A saved dump instead of a running mesh.
@@ -345,11 +373,17 @@ mod tests {
             "mesh-ctl mtls-check web db.shop",
             "mesh-ctl node-config service -n shop -o short",
             "mesh-ctl bpf map WORKLOADS --node a",
+            "mesh-ctl ps --kubeconfig /k --context c -i mesh -n shop",
+            "mesh-ctl status --istio-namespace mesh",
             "mesh-ctl sandbox exec client -- curl -s http://web/",
         ] {
             let parsed = Cli::try_parse_from(line.split(' '));
             assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
         }
+        assert!(
+            Cli::try_parse_from(["mesh-ctl", "ps", "--context", "c", "--admin-socket", "/s"]).is_err(),
+            "which one?"
+        );
         assert!(Cli::try_parse_from(["mesh-ctl", "sandbox", "exec", "client", "ls"]).is_err(), "`--` is needed");
     }
 }

@@ -25,6 +25,14 @@ pub const NO_COMMAND: u8 = 127;
 #[derive(Debug)]
 pub struct NotPermitted(pub String);
 
+/// The API server refuses this user.
+#[derive(Debug)]
+pub struct Forbidden(pub String);
+
+/// There is no mesh that could be meant.
+#[derive(Debug)]
+pub struct NoMesh(pub String);
+
 /// An input file cannot be used.
 #[derive(Debug)]
 pub struct BadInput(pub String);
@@ -73,7 +81,7 @@ macro_rules! display_text {
         }
     )*};
 }
-display_text!(BadInput, Unavailable, Usage);
+display_text!(BadInput, Forbidden, NoMesh, Unavailable, Usage);
 
 impl std::fmt::Display for Findings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -83,6 +91,8 @@ impl std::fmt::Display for Findings {
 
 impl std::error::Error for NotPermitted {}
 impl std::error::Error for BadInput {}
+impl std::error::Error for Forbidden {}
+impl std::error::Error for NoMesh {}
 impl std::error::Error for Unavailable {}
 impl std::error::Error for Findings {}
 impl std::error::Error for Usage {}
@@ -93,11 +103,11 @@ pub fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if let Some(NotRun { source, .. }) = cause.downcast_ref() {
             return if source.kind() == io::ErrorKind::NotFound { NO_COMMAND } else { NOT_RUNNABLE };
-        } else if cause.is::<NotPermitted>() {
+        } else if cause.is::<NotPermitted>() || cause.is::<Forbidden>() {
             return NOT_PERMITTED;
         } else if cause.is::<BadInput>() {
             return BAD_INPUT;
-        } else if cause.is::<Unavailable>() {
+        } else if cause.is::<Unavailable>() || cause.is::<NoMesh>() {
             return UNAVAILABLE;
         } else if cause.is::<Findings>() {
             return FINDINGS;

@@ -1,46 +1,71 @@
-//! Where answers come from: a running mesh by its admin sockets, or a saved dump. Kubernetes will be one more variant.
+//! Where answers come from: a mesh that runs here or on Kubernetes, or a saved dump.
 
-use std::collections::BTreeMap;
+mod door;
+mod kubernetes;
+mod pod;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use futures_util::StreamExt;
 use mesh_api::admin::{ControllerStatus, NodeStatus};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::admin;
+pub use self::door::Door;
+pub use self::kubernetes::ROOT_NAMESPACE;
 use crate::cli::{Global, Saved};
-use crate::exit::{BadInput, Unavailable, Usage};
+use crate::exit::{BadInput, NoMesh, Unavailable, Usage};
 use crate::render::OnNode;
 use crate::sandbox::{Layout, State};
+
+/// Nodes that are asked at once: some hundred are asked in seconds, and the API server has other things to do.
+const ASKED_AT_ONCE: usize = 16;
+/// Namespace of a name without one, where no context names another.
+const DEFAULT_NAMESPACE: &str = "default";
 
 /// A mesh to ask.
 #[derive(Debug)]
 pub enum Target {
-    /// Admin sockets of processes of this machine.
-    Sockets(Sockets),
+    /// One that runs.
+    Live(Mesh),
     /// What `node-config all -o json` wrote.
     Dump(Value),
 }
 
-/// Admin sockets and logs of a mesh on this machine.
-#[derive(Debug, Default)]
-pub struct Sockets {
+/// Ways to the parts of a mesh.
+#[derive(Debug)]
+pub struct Mesh {
     /// In order; explicit ones have no name until they are asked.
-    pub nodes: Vec<NodeSocket>,
-    /// The controller's.
-    pub controller: Option<PathBuf>,
+    pub nodes: Vec<Node>,
+    /// The controller; on Kubernetes there may be several.
+    pub controllers: Vec<Door>,
+    /// Kubernetes namespace of a name without one.
+    pub namespace: String,
 }
 
-/// A node proxy's admin socket.
-#[derive(Debug, Clone)]
-pub struct NodeSocket {
+/// A node proxy.
+#[derive(Debug)]
+pub struct Node {
     /// Node, if known.
     pub name: Option<String>,
-    /// Socket.
-    pub socket: PathBuf,
-    /// Its access log, if it is a file here.
-    pub access_log: Option<PathBuf>,
+    /// Its pod on Kubernetes.
+    pub proxy: Option<String>,
+    /// Its admin interface.
+    pub door: Door,
+    /// Its access log.
+    pub access_log: AccessLog,
+}
+
+/// Where a node proxy writes its access log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLog {
+    /// Nobody said.
+    Unknown,
+    /// A file of this machine.
+    File(PathBuf),
+    /// Its container's output.
+    Container,
 }
 
 /// A part of a node's state: where it is found on the admin socket and in a dump.
@@ -142,7 +167,7 @@ impl Target {
     /// The mesh that the command line names, with only the node that it names, if it names one.
     ///
     /// # Errors
-    /// There is no such sandbox or node, or the dump cannot be read.
+    /// There is no such mesh or node, or the dump cannot be read.
     pub async fn of(global: &Global, saved: Option<&Saved>) -> Result<Self> {
         let only = global.node.as_deref();
         if let Some(file) = saved.and_then(|s| s.file.as_deref()) {
@@ -152,16 +177,11 @@ impl Target {
             }
             return Ok(Self::Dump(dump));
         }
-        if global.admin_socket.is_empty() && global.controller_socket.is_none() {
-            return Ok(Self::Sockets(sandbox(&global.sandbox, only)?));
+        let mut mesh = Mesh::of(global).await?;
+        if let Some(node) = only {
+            mesh.nodes = nodes_named(mesh.nodes, node).await?;
         }
-        let nodes = global.admin_socket.iter();
-        let nodes = nodes.map(|s| NodeSocket { name: None, socket: s.clone(), access_log: None }).collect();
-        let nodes = match only {
-            Some(node) => nodes_named(nodes, node).await?,
-            None => nodes,
-        };
-        Ok(Self::Sockets(Sockets { nodes, controller: global.controller_socket.clone() }))
+        Ok(Self::Live(mesh))
     }
 
     /// One section of every node.
@@ -171,100 +191,198 @@ impl Target {
 
     /// A section by another path (`/bpf?map=NAME`); a dump has only the section.
     pub async fn gather_path<T: DeserializeOwned>(&self, section: Section, path: &str) -> Gathered<T> {
-        let mut gathered = Gathered { answers: Vec::new(), errors: Vec::new() };
         match self {
-            Self::Dump(dump) => {
-                for item in dump["items"].as_array().into_iter().flatten() {
-                    let node = item["node"].as_str().unwrap_or_default().to_string();
-                    match serde_json::from_value(item[section.key()].clone()) {
-                        Ok(item) => gathered.answers.push(OnNode { node, item }),
-                        Err(e) => gathered
-                            .errors
-                            .push(anyhow!(BadInput(format!("dump of node {node}, {}: {e}", section.key())))),
-                    }
-                }
-            }
-            Self::Sockets(sockets) => {
-                let asked = sockets.nodes.iter().map(|node| ask(node, path));
-                for (node, answer) in sockets.nodes.iter().zip(futures_util::future::join_all(asked).await) {
-                    match answer {
-                        Ok(answer) => gathered.answers.push(answer),
-                        Err(e) => gathered.errors.push(e.context(format!("node {}", node.label()))),
-                    }
-                }
-            }
+            Self::Dump(dump) => of_dump(dump, section),
+            Self::Live(mesh) => mesh.each(|node| node.ask(path)).await,
         }
-        gathered
     }
 
-    /// The controller's status; none if the command line names no controller or the dump has none.
-    ///
-    /// # Errors
-    /// It does not answer.
-    pub async fn controller(&self) -> Result<Option<ControllerStatus>> {
+    /// What the controller says; none if the command line names no controller, the dump has none, or it does not answer.
+    pub async fn controller(&self) -> (Option<ControllerStatus>, Vec<anyhow::Error>) {
         match self {
-            Self::Dump(dump) if dump["controller"].is_null() => Ok(None),
+            Self::Dump(dump) if dump["controller"].is_null() => (None, Vec::new()),
             Self::Dump(dump) => {
-                Ok(Some(serde_json::from_value(dump["controller"].clone()).context("dump of the controller")?))
+                match serde_json::from_value(dump["controller"].clone()).context("dump of the controller") {
+                    Ok(status) => (Some(status), Vec::new()),
+                    Err(error) => (None, vec![error]),
+                }
             }
-            Self::Sockets(Sockets { controller: None, .. }) => Ok(None),
-            Self::Sockets(Sockets { controller: Some(socket), .. }) => {
-                Ok(Some(admin::get(socket, "/status").await.context("controller")?))
+            Self::Live(mesh) => {
+                let asked = mesh.controllers.iter().map(|door| door.get::<ControllerStatus>("/status"));
+                let (mut all, mut errors) = (Vec::new(), Vec::new());
+                for answer in futures_util::future::join_all(asked).await {
+                    match answer.context("controller") {
+                        Ok(status) => all.push(status),
+                        Err(error) => errors.push(error),
+                    }
+                }
+                (all.into_iter().reduce(merged), errors)
             }
         }
     }
 
-    /// The admin socket of a node.
+    /// The admin interface of a node.
     ///
     /// # Errors
     /// A dump has none, or the node is not known.
-    pub async fn socket_of(&self, node: &str) -> Result<PathBuf> {
-        let Self::Sockets(sockets) = self else {
-            return Err(anyhow!(Usage("a saved dump cannot answer this: ask a running mesh".into())));
-        };
+    pub async fn door_of(&self, node: &str) -> Result<&Door> {
         let mut silent = None;
-        for candidate in &sockets.nodes {
-            let name = match &candidate.name {
-                Some(name) => Ok(name.clone()),
-                None => admin::get::<NodeStatus>(&candidate.socket, "/status").await.map(|status| status.node),
-            };
-            match name {
-                Ok(name) if name == node => return Ok(candidate.socket.clone()),
+        for candidate in &self.live()?.nodes {
+            match candidate.name().await {
+                Ok(name) if name == node => return Ok(&candidate.door),
                 Ok(_) => {}
                 // It may be the one; another may be, too.
                 Err(error) => drop(silent.get_or_insert(error)),
             }
         }
         if let Some(error) = silent {
-            return Err(anyhow::Error::from(error).context(format!("looking for node `{node}`")));
+            return Err(error.context(format!("looking for node `{node}`")));
         }
-        Err(anyhow!(Unavailable(format!("no admin socket of node `{node}` is known; name it with --admin-socket"))))
+        Err(anyhow!(Unavailable(format!("no node proxy of node `{node}` is known"))))
     }
 
-    /// Access logs of the nodes, where they are files of this machine.
-    pub fn access_logs(&self) -> BTreeMap<String, PathBuf> {
-        let Self::Sockets(sockets) = self else { return BTreeMap::new() };
-        let known = |n: &NodeSocket| Some((n.label(), n.access_log.clone()?));
-        sockets.nodes.iter().filter_map(known).collect()
+    /// The mesh that runs.
+    ///
+    /// # Errors
+    /// This is a dump.
+    pub fn live(&self) -> Result<&Mesh> {
+        match self {
+            Self::Live(mesh) => Ok(mesh),
+            Self::Dump(_) => Err(anyhow!(Usage("a saved dump cannot answer this: ask a running mesh".into()))),
+        }
+    }
+
+    /// Name of a node's proxy: its pod's, where it has one.
+    pub fn proxy_of(&self, node: &str) -> String {
+        let known = match self {
+            Self::Live(mesh) => mesh.nodes.iter().find(|known| known.name.as_deref() == Some(node)),
+            Self::Dump(_) => None,
+        };
+        known.and_then(|known| known.proxy.clone()).unwrap_or_else(|| format!("mesh-node.{node}"))
+    }
+
+    /// Kubernetes namespace of a name without one.
+    pub fn namespace(&self) -> &str {
+        match self {
+            Self::Live(mesh) => &mesh.namespace,
+            Self::Dump(_) => DEFAULT_NAMESPACE,
+        }
     }
 }
 
-impl NodeSocket {
-    /// Its node's name, or its path.
+impl Mesh {
+    /// What the command line names; if it names nothing, the sandbox that is up, else what the kubeconfig says.
+    async fn of(global: &Global) -> Result<Self> {
+        let is_on_kubernetes = global.kubeconfig.is_some() || global.context.is_some();
+        if !is_on_kubernetes {
+            if !global.admin_socket.is_empty() || global.controller_socket.is_some() {
+                return Ok(by_sockets(global));
+            }
+            if let Some(mesh) = sandbox(global.sandbox_name())? {
+                return Ok(mesh);
+            }
+            if let Some(name) = &global.sandbox {
+                return Err(anyhow!(NoMesh(format!(
+                    "no sandbox `{name}` runs here; make one with `mesh-ctl sandbox up`"
+                ))));
+            }
+        }
+        match kubernetes::client(global).await? {
+            Some(client) => kubernetes::find(global, client).await,
+            None => Err(anyhow!(NoMesh(
+                "no sandbox runs here, and no kubeconfig names a cluster: make one with `mesh-ctl sandbox up`, or name a mesh \
+                 with --kubeconfig or --admin-socket"
+                    .to_owned()
+            ))),
+        }
+    }
+
+    /// Asks every node something, some at once.
+    pub async fn each<'a, T, F>(&'a self, ask: impl Fn(&'a Node) -> F) -> Gathered<T>
+    where
+        F: Future<Output = Result<OnNode<T>>>,
+    {
+        let ask = &ask;
+        let asked = self.nodes.iter().map(|node| async move {
+            let context = || format!("node {}", node.label());
+            ask(node).await.with_context(context)
+        });
+        let mut asked = futures_util::stream::iter(asked).buffered(ASKED_AT_ONCE);
+        let mut gathered = Gathered { answers: Vec::new(), errors: Vec::new() };
+        while let Some(answer) = asked.next().await {
+            match answer {
+                Ok(answer) => gathered.answers.push(answer),
+                Err(error) => gathered.errors.push(error),
+            }
+        }
+        gathered
+    }
+}
+
+impl Node {
+    fn by_socket(name: Option<String>, socket: PathBuf, access_log: AccessLog) -> Self {
+        Self { name, proxy: None, door: Door::Socket(socket), access_log }
+    }
+
+    /// Its node's name, or what else tells it from others.
     pub fn label(&self) -> String {
-        self.name.clone().unwrap_or_else(|| self.socket.display().to_string())
+        match (&self.name, &self.door) {
+            (Some(name), _) => name.clone(),
+            (None, Door::Socket(socket)) => socket.display().to_string(),
+            (None, Door::Pod(_) | Door::Shut(_)) => "without a name".to_owned(),
+        }
+    }
+
+    async fn name(&self) -> Result<String> {
+        match &self.name {
+            Some(name) => Ok(name.clone()),
+            None => Ok(self.door.get::<NodeStatus>("/status").await?.node),
+        }
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<OnNode<T>> {
+        Ok(OnNode { node: self.name().await?, item: self.door.get(path).await? })
     }
 }
 
-/// Those of the sockets that are of this node. Each says itself whose it is.
-async fn nodes_named(sockets: Vec<NodeSocket>, node: &str) -> Result<Vec<NodeSocket>> {
+/// What two controllers of one mesh say: each knows the nodes that are connected to it.
+fn merged(mut one: ControllerStatus, other: ControllerStatus) -> ControllerStatus {
+    for node in other.nodes {
+        match one.nodes.iter_mut().find(|known| known.node == node.node) {
+            // Of a stream that moved, the one that was used last.
+            Some(known) if known.last_ack_secs > node.last_ack_secs => *known = node,
+            Some(_) => {}
+            None => one.nodes.push(node),
+        }
+    }
+    one.nodes.sort_by(|a, b| a.node.cmp(&b.node));
+    one
+}
+
+fn of_dump<T: DeserializeOwned>(dump: &Value, section: Section) -> Gathered<T> {
+    let mut gathered = Gathered { answers: Vec::new(), errors: Vec::new() };
+    for item in dump["items"].as_array().into_iter().flatten() {
+        let node = item["node"].as_str().unwrap_or_default().to_string();
+        match serde_json::from_value(item[section.key()].clone()) {
+            Ok(item) => gathered.answers.push(OnNode { node, item }),
+            Err(e) => {
+                let bad = BadInput(format!("dump of node {node}, {}: {e}", section.key()));
+                gathered.errors.push(anyhow!(bad));
+            }
+        }
+    }
+    gathered
+}
+
+/// Those of the nodes that have this name. One whose name is not known is asked.
+async fn nodes_named(nodes: Vec<Node>, node: &str) -> Result<Vec<Node>> {
     let (mut others, mut failed) = (Vec::new(), None);
     let mut found = Vec::new();
-    for socket in sockets {
-        match admin::get::<NodeStatus>(&socket.socket, "/status").await {
-            Ok(status) if status.node == node => found.push(NodeSocket { name: Some(status.node), ..socket }),
-            Ok(status) => others.push(status.node),
-            Err(error) => failed = failed.or(Some(anyhow!(error).context(format!("node {}", socket.label())))),
+    for candidate in nodes {
+        match candidate.name().await {
+            Ok(name) if name == node => found.push(Node { name: Some(name), ..candidate }),
+            Ok(name) => others.push(name),
+            Err(error) => failed = failed.or(Some(error.context(format!("node {}", candidate.label())))),
         }
     }
     match failed {
@@ -288,33 +406,23 @@ fn no_node(node: &str, known: &[String]) -> anyhow::Error {
     anyhow!(Usage(format!("no node `{node}`; there are {known}")))
 }
 
-async fn ask<T: DeserializeOwned>(node: &NodeSocket, path: &str) -> Result<OnNode<T>> {
-    let name = match &node.name {
-        Some(name) => name.clone(),
-        None => admin::get::<NodeStatus>(&node.socket, "/status").await?.node,
-    };
-    Ok(OnNode { node: name, item: admin::get(&node.socket, path).await? })
+fn by_sockets(global: &Global) -> Mesh {
+    let nodes = global.admin_socket.iter().map(|socket| Node::by_socket(None, socket.clone(), AccessLog::Unknown));
+    let controllers = global.controller_socket.iter().cloned().map(Door::Socket);
+    Mesh { nodes: nodes.collect(), controllers: controllers.collect(), namespace: DEFAULT_NAMESPACE.to_owned() }
 }
 
-fn sandbox(name: &str, only: Option<&str>) -> Result<Sockets> {
+/// The mesh of a sandbox, if there is one of this name.
+fn sandbox(name: &str) -> Result<Option<Mesh>> {
     let layout = Layout::of(name)?;
-    let Some(state) = State::load(&layout)? else {
-        return Err(anyhow!(Unavailable(format!(
-            "no sandbox `{name}` runs here; make one with `mesh-ctl sandbox up`, or name a mesh with --admin-socket"
-        ))));
+    let Some(state) = State::load(&layout)? else { return Ok(None) };
+    let node = |name: &str| {
+        let access_log = AccessLog::File(layout.node(name).join("access.log"));
+        Node::by_socket(Some(name.to_owned()), layout.node_admin(name), access_log)
     };
-    if let Some(node) = only.filter(|n| state.topology.node_number(n).is_none()) {
-        let all: Vec<_> = state.topology.nodes.iter().map(|n| n.name.clone()).collect();
-        return Err(no_node(node, &all));
-    }
-    let nodes = state.topology.nodes.iter().filter(|n| only.is_none_or(|o| o == n.name));
-    let socket = |name: &str| NodeSocket {
-        name: Some(name.to_string()),
-        socket: layout.node_admin(name),
-        access_log: Some(layout.node(name).join("access.log")),
-    };
-    let nodes = nodes.map(|n| socket(&n.name)).collect();
-    Ok(Sockets { nodes, controller: Some(layout.controller_admin()) })
+    let nodes = state.topology.nodes.iter().map(|n| node(&n.name)).collect();
+    let controllers = vec![Door::Socket(layout.controller_admin())];
+    Ok(Some(Mesh { nodes, controllers, namespace: DEFAULT_NAMESPACE.to_owned() }))
 }
 
 fn read_dump(file: &Path) -> Result<Value> {
@@ -333,98 +441,4 @@ fn read_dump(file: &Path) -> Result<Value> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{BufRead, BufReader, Write};
-    use std::os::unix::net::UnixListener;
-
-    use serde_json::json;
-
-    use super::*;
-
-    /// A directory that goes away with the value.
-    struct TempDir(PathBuf);
-
-    impl TempDir {
-        fn new(test: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("mesh-ctl-{test}-{}", std::process::id()));
-            std::fs::create_dir(&path).expect("a fresh name");
-            Self(path)
-        }
-    }
-
-    impl Drop for TempDir {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn status(node: &str) -> Value {
-        json!({
-            "node": node, "version": "1", "pid": 1, "ready": true, "waitingFor": [], "controller": "c:1",
-            "controllerConnected": true, "configSource": "controller", "enrolled": [], "connections": 0, "uptimeSecs": 1,
-        })
-    }
-
-    /// An admin socket that says it is of this node, as long as the process lives.
-    fn serve(dir: &TempDir, node: &'static str) -> PathBuf {
-        let path = dir.0.join(node);
-        let listener = UnixListener::bind(&path).expect("binds");
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let body = status(node).to_string();
-                let head = BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
-                head.for_each(drop);
-                let length = body.len();
-                let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
-                let _ = (&stream).write_all(answer.as_bytes());
-            }
-        });
-        path
-    }
-
-    async fn nodes(global: &Global, saved: Option<&Saved>) -> Result<Vec<String>> {
-        let gathered = Target::of(global, saved).await?.gather::<NodeStatus>(Section::Status).await;
-        assert!(gathered.errors.is_empty(), "{:?}", gathered.errors);
-        Ok(gathered.answers.into_iter().map(|answer| answer.item.node).collect())
-    }
-
-    fn of_node(node: &str) -> Global {
-        Global { node: Some(node.to_owned()), ..Global::default() }
-    }
-
-    #[tokio::test]
-    async fn one_node_of_those_whose_sockets_are_named() {
-        let dir = TempDir::new("sockets");
-        let sockets = ["node-a", "node-b"].map(|node| serve(&dir, node));
-        let global = |node| Global { admin_socket: sockets.to_vec(), ..of_node(node) };
-        assert_eq!(nodes(&global("node-b"), None).await.expect("is there"), ["node-b"]);
-        let error = nodes(&global("node-c"), None).await.expect_err("is not there");
-        assert_eq!(
-            (error.to_string().as_str(), crate::exit::code(&error)),
-            ("no node `node-c`; there are node-a, node-b", crate::exit::USAGE,)
-        );
-        // A change is made on this node alone.
-        let Target::Sockets(found) = Target::of(&global("node-a"), None).await.expect("is there") else { panic!() };
-        assert_eq!(found.nodes.iter().map(|n| &n.socket).collect::<Vec<_>>(), [&sockets[0]]);
-
-        // One that does not answer may be the one, or not matter.
-        let silent = Global { admin_socket: vec![dir.0.join("nobody"), sockets[1].clone()], ..of_node("node-b") };
-        assert_eq!(nodes(&silent, None).await.expect("is there"), ["node-b"]);
-        let error = nodes(&Global { node: Some("node-a".into()), ..silent }, None).await.expect_err("who knows");
-        assert_eq!(crate::exit::code(&error), crate::exit::UNAVAILABLE, "{error:#}");
-    }
-
-    #[tokio::test]
-    async fn one_node_of_a_saved_dump() {
-        let dir = TempDir::new("dump");
-        let file = dir.0.join("dump.json");
-        let item = |node: &str| json!({"node": node, "status": status(node)});
-        let dump = json!({"kind": "Dump", "controller": null, "items": [item("node-a"), item("node-b")]});
-        std::fs::write(&file, dump.to_string()).expect("writes");
-        let saved = Saved { file: Some(file) };
-        assert_eq!(nodes(&Global::default(), Some(&saved)).await.expect("both"), ["node-a", "node-b"]);
-        assert_eq!(nodes(&of_node("node-b"), Some(&saved)).await.expect("is there"), ["node-b"]);
-        let error = nodes(&of_node("node-c"), Some(&saved)).await.expect_err("is not there");
-        assert_eq!(error.to_string(), "no node `node-c`; there are node-a, node-b");
-    }
-}
+mod tests;

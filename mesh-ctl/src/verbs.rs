@@ -1,5 +1,6 @@
 //! The verbs: each gathers what it needs and renders it. Text goes to the caller, messages go to stderr.
 
+mod access_log;
 mod authn;
 mod authz;
 mod bpf;

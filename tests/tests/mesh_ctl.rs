@@ -13,8 +13,8 @@ use serde_json::Value;
 /// Verbs that list something, and the columns that they begin with.
 const LISTS: [(&[&str], &[&str]); 15] = [
     (&["sandbox", "status"], &["PART", "NODE", "STATE", "PID", "ADDRESS", "MESH"]),
-    (&["proxy-status"], &["NAME", "KIND", "NODE", "CONTROLLER", "VERSION", "SYNC", "LAST-ACK", "ERR"]),
-    (&["ps"], &["NAME", "KIND", "NODE", "CONTROLLER", "VERSION", "SYNC", "LAST-ACK", "ERR"]),
+    (&["proxy-status"], &["NAME", "KIND", "NODE", "CONTROLLER", "VERSION", "ENROLLED", "SYNC", "LAST-ACK", "ERR"]),
+    (&["ps"], &["NAME", "KIND", "NODE", "CONTROLLER", "VERSION", "ENROLLED", "SYNC", "LAST-ACK", "ERR"]),
     (&["version"], &["COMPONENT", "VERSION", "COUNT"]),
     (&["node-config", "workload"], &["NODE", "NAMESPACE", "POD NAME", "ADDRESS", "RUNS ON", "WAYPOINT", "PROTOCOL"]),
     (&["zc", "workload"], &["NODE", "NAMESPACE", "POD NAME", "ADDRESS", "RUNS ON", "WAYPOINT", "PROTOCOL"]),

@@ -6,7 +6,7 @@ use mesh_api::admin::{ConnectionRow, ServiceRow, WorkloadRow};
 use serde::Serialize;
 
 use super::authz::{Client, ask, client};
-use super::logs::{Ended, ended};
+use super::logs::{Ended, Recent, ended, recent};
 use super::names::{Destination, Directory};
 use super::{Output, finish, found, target};
 use crate::cli::{Global, Saved, TlsCheckArgs};
@@ -98,11 +98,14 @@ pub(super) async fn run(global: &Global, args: &TlsCheckArgs) -> Output {
             }
         },
     };
-    let live = target.gather::<Vec<ConnectionRow>>(Section::Connections).await.rows();
-    let (mut pairs, mut errors) = (Vec::new(), live.errors);
+    let (live, logs) = tokio::join!(target.gather::<Vec<ConnectionRow>>(Section::Connections), recent(target.live()?));
+    let (live, (logs, unread)) = (live.rows(), logs?);
+    let seen = Seen { live: &live.rows, logs: &logs };
+    // A node that does not answer has no log either, and is named once.
+    let (mut pairs, mut errors) = (Vec::new(), if live.errors.is_empty() { unread } else { live.errors });
     for workload in to {
         let ports = ports(&directory, workload);
-        match pair(&target, (from, &source), (workload, &ports), &live.rows).await {
+        match pair(&target, (from, &source), (workload, &ports), &seen).await {
             Ok(pair) => pairs.push(pair),
             Err(error) => errors.push(error.context(format!("{}.{}", workload.name, workload.namespace))),
         }
@@ -124,11 +127,17 @@ fn target_port(text: &str) -> Option<u16> {
     text.split_once("->")?.1.split('/').next()?.parse().ok()
 }
 
+/// Connections of the whole mesh.
+struct Seen<'a> {
+    live: &'a [OnNode<ConnectionRow>],
+    logs: &'a Recent,
+}
+
 async fn pair(
     target: &Target,
     (from, source): (&WorkloadRow, &Client),
     (to, ports): (&WorkloadRow, &BTreeSet<u16>),
-    live: &[OnNode<ConnectionRow>],
+    seen: &Seen<'_>,
 ) -> anyhow::Result<Pair> {
     let in_mesh = |workload: &WorkloadRow| workload.protocol == "HBONE";
     let server = if in_mesh(to) {
@@ -148,8 +157,7 @@ async fn pair(
     } else {
         "NONE"
     };
-    let logs = target.access_logs();
-    let observed = observed(from, to, live, ended(&logs, from, to)?);
+    let observed = observed(from, to, seen.live, ended(seen.logs, from, to));
     let status = match (in_mesh(from) && in_mesh(to), server) {
         (true, _) if observed.plain == 0 => "OK",
         (false, "STRICT") => "REFUSED",
@@ -161,7 +169,7 @@ async fn pair(
         status: status.to_owned(),
         server: server.to_owned(),
         client: if in_mesh(from) && in_mesh(to) { "HBONE" } else { "TCP" }.to_owned(),
-        observed: Observed { with_ended: !logs.is_empty(), ..observed },
+        observed: Observed { with_ended: [from, to].iter().all(|end| seen.logs.contains_key(&end.node)), ..observed },
         identity: if in_mesh(to) { to.identity.clone() } else { String::new() },
     })
 }

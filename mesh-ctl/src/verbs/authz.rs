@@ -3,14 +3,13 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use mesh_api::admin::{AuthzAnswer, AuthzQuestion, EndpointRow, PolicyTrace, ServiceRow, WorkloadRow};
 use serde::Serialize;
 use serde_json::json;
 
 use super::names::{Destination, Directory};
 use super::{Output, target};
-use crate::admin;
 use crate::cli::{Global, Saved, WhyArgs};
 use crate::exit::{Unavailable, Usage};
 use crate::render::{self, API_VERSION, Column, Row, View};
@@ -135,5 +134,6 @@ pub(super) async fn ask(target: &Target, client: &Client, server: &WorkloadRow, 
         source: client.address.clone(),
         destination: SocketAddr::new(address, port).to_string(),
     };
-    Ok(admin::post(&target.socket_of(&server.node).await?, "/authz", &question).await?)
+    let door = target.door_of(&server.node).await?;
+    door.post("/authz", &question).await.with_context(|| format!("node {}", server.node))
 }

@@ -1,55 +1,31 @@
 //! `logs`: connections of one workload, out of the nodes' access logs.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use mesh_api::admin::WorkloadRow;
-use serde::Serialize;
-use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::access_log::{self, Record};
 use super::names::Directory;
-use super::{Output, target};
+use super::{Output, finish, target};
 use crate::cli::{Global, LogsArgs, Saved};
 use crate::exit::Unavailable;
 use crate::render::{self, Column, OnNode, Row, View};
+use crate::target::{Gathered, Mesh};
 
 /// `message` of a connection that was made; failed ones have another.
 const COMPLETE: &str = "connection complete";
-/// How far back [`ended`] looks.
+/// How far back [`recent`] looks.
 const OBSERVED_FOR: Duration = Duration::from_secs(3600);
 
-/// A record of an access log.
-#[derive(Debug, Serialize)]
-#[serde(transparent)]
-struct Record(BTreeMap<String, Value>);
-
-impl Record {
-    fn text(&self, key: &str) -> String {
-        match self.0.get(key) {
-            Some(Value::String(text)) => text.clone(),
-            Some(other) => other.to_string(),
-            None => String::new(),
-        }
-    }
-
-    /// Workload and address of an end.
-    fn end(&self, side: &str) -> String {
-        let (workload, namespace) = (self.text(&format!("{side}.workload")), self.text(&format!("{side}.namespace")));
-        let address = self.text(&format!("{side}.addr"));
-        if workload.is_empty() { address } else { format!("{workload}.{namespace} ({address})") }
-    }
-
-    fn concerns(&self, name: &str, namespace: &str) -> bool {
-        ["src", "dst"].iter().any(|side| {
-            self.text(&format!("{side}.workload")) == name && self.text(&format!("{side}.namespace")) == namespace
-        })
-    }
+/// Workload and address of an end.
+fn end(record: &Record, side: &str) -> String {
+    let (workload, namespace) = (record.text(&format!("{side}.workload")), record.text(&format!("{side}.namespace")));
+    let address = record.text(&format!("{side}.addr"));
+    if workload.is_empty() { address } else { format!("{workload}.{namespace} ({address})") }
 }
 
 impl Row for OnNode<Record> {
@@ -77,8 +53,8 @@ impl Row for OnNode<Record> {
             time.split_once('.').map_or(time.clone(), |(seconds, _)| format!("{seconds}Z")),
             self.node.clone(),
             r.text("direction"),
-            r.end("src"),
-            r.end("dst"),
+            end(r, "src"),
+            end(r, "dst"),
             if error.is_empty() { "ok".to_owned() } else { error },
             r.text("src.identity"),
             r.text("dst.identity"),
@@ -94,18 +70,27 @@ pub(super) async fn run(global: &Global, args: &LogsArgs) -> Output {
     let target = target(global, &Saved::default()).await?;
     let directory = Directory::of(&target, global).await?;
     let workload = directory.workload(&args.workload)?;
-    let logs = target.access_logs();
-    if logs.is_empty() {
-        let why = "where the nodes write their access logs is not known: look there, or ask a sandbox";
+    let (name, namespace, tail) = (&workload.name, &workload.namespace, args.tail);
+    let logs = access_log::read(target.live()?, None, |kept: &mut VecDeque<Record>, record| {
+        let concerns = ["src", "dst"].iter().any(|side| record.is_end(side, name, namespace));
+        if tail > 0 && concerns {
+            if kept.len() == tail {
+                kept.pop_front();
+            }
+            kept.push_back(record);
+        }
+    });
+    let Gathered { answers, errors } = logs.await;
+    if answers.is_empty() && errors.is_empty() {
+        let why = "where the nodes write their access logs is not known: look there, or ask a sandbox or a cluster";
         return Err(anyhow!(Unavailable(why.to_owned())).into());
     }
-    let mut rows = Vec::new();
-    for (node, log) in logs {
-        let found = records(&log, &workload.name, &workload.namespace, args.tail)?;
-        rows.extend(found.into_iter().map(|item| OnNode { node: node.clone(), item }));
-    }
+    let of_node = |OnNode { node, item }: OnNode<VecDeque<Record>>| {
+        item.into_iter().map(move |item| OnNode { node: node.clone(), item })
+    };
+    let mut rows: Vec<_> = answers.into_iter().flat_map(of_node).collect();
     rows.sort_by_key(|row| row.item.text("time"));
-    Ok(render::list(&rows, View::of(global))?)
+    finish(render::list(&rows, View::of(global))?, errors)
 }
 
 /// Connections of a pair that ended within the last hour, by what protected them.
@@ -130,57 +115,30 @@ impl Ended {
     }
 }
 
-/// Completed connections from one workload to another in the nodes' access logs: as the client's node has them, and as
-/// the server's has them.
-pub(super) fn ended(logs: &BTreeMap<String, PathBuf>, from: &WorkloadRow, to: &WorkloadRow) -> Result<[Ended; 2]> {
+/// Connections that were completed within the last hour, by node; no entry for a node whose log is not known.
+pub(super) type Recent = BTreeMap<String, Vec<Record>>;
+
+/// What the nodes' access logs have of the last hour, and why some have nothing.
+pub(super) async fn recent(mesh: &Mesh) -> Result<(Recent, Vec<anyhow::Error>)> {
     let since = (OffsetDateTime::now_utc() - OBSERVED_FOR).format(&Rfc3339).context("time")?;
+    let logs = access_log::read(mesh, Some(OBSERVED_FOR), |kept: &mut Vec<Record>, record| {
+        // Both times are RFC 3339 in UTC, so they compare as texts.
+        if record.text("message") == COMPLETE && record.text("time") >= since {
+            kept.push(record);
+        }
+    });
+    let Gathered { answers, errors } = logs.await;
+    Ok((answers.into_iter().map(|answer| (answer.node, answer.item)).collect(), errors))
+}
+
+/// Completed connections from one workload to another: as the client's node has them, and as the server's has them.
+pub(super) fn ended(logs: &Recent, from: &WorkloadRow, to: &WorkloadRow) -> [Ended; 2] {
     let ended = |node: &str, direction: &str| {
         let mut ended = Ended::default();
-        let Some(log) = logs.get(node) else { return Ok(ended) };
-        let of_pair = |r: &Record| {
-            let end = |side: &str, w: &WorkloadRow| {
-                r.text(&format!("{side}.workload")) == w.name && r.text(&format!("{side}.namespace")) == w.namespace
-            };
-            r.text("direction") == direction && end("src", from) && end("dst", to)
-        };
-        // Both times are RFC 3339 in UTC, so they compare as texts.
-        let recent = |r: &Record| r.text("message") == COMPLETE && r.text("time") >= since;
-        for_each(log, |record| {
-            if of_pair(&record) && recent(&record) {
-                ended.add(&record);
-            }
-        })?;
-        anyhow::Ok(ended)
+        let is = |record: &Record, side: &str, w: &WorkloadRow| record.is_end(side, &w.name, &w.namespace);
+        let of_pair = |r: &&Record| r.text("direction") == direction && is(r, "src", from) && is(r, "dst", to);
+        logs.get(node).into_iter().flatten().filter(of_pair).for_each(|record| ended.add(record));
+        ended
     };
-    Ok([ended(&from.node, "outbound")?, ended(&to.node, "inbound")?])
-}
-
-/// Every record of a log; a log that was never written has none.
-fn for_each(log: &Path, mut see: impl FnMut(Record)) -> Result<()> {
-    let file = match File::open(log) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| log.display().to_string()),
-    };
-    for line in BufReader::new(file).lines() {
-        // A line that is being written is read the next time.
-        if let Ok(record) = serde_json::from_str::<BTreeMap<String, Value>>(&line?) {
-            see(Record(record));
-        }
-    }
-    Ok(())
-}
-
-/// The last `tail` records of a log that concern a workload.
-fn records(log: &Path, name: &str, namespace: &str, tail: usize) -> Result<VecDeque<Record>> {
-    let mut kept = VecDeque::new();
-    for_each(log, |record| {
-        if tail > 0 && record.concerns(name, namespace) {
-            if kept.len() == tail {
-                kept.pop_front();
-            }
-            kept.push_back(record);
-        }
-    })?;
-    Ok(kept)
+    [ended(&from.node, "outbound"), ended(&to.node, "inbound")]
 }

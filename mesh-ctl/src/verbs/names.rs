@@ -8,9 +8,6 @@ use crate::exit::Usage;
 use crate::render::OnNode;
 use crate::target::{Section, Target};
 
-/// Namespace of a name without one.
-const DEFAULT_NAMESPACE: &str = "default";
-
 /// The configuration that names are looked up in: what any node has, because all have the same.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -29,7 +26,7 @@ pub(super) enum Destination<'a> {
 impl Directory {
     /// Asks the nodes; the first that answers is believed.
     pub(super) async fn of(target: &Target, global: &Global) -> Result<Self> {
-        let namespace = global.namespace.clone().unwrap_or_else(|| DEFAULT_NAMESPACE.to_owned());
+        let namespace = global.namespace.as_deref().unwrap_or(target.namespace()).to_owned();
         let workloads = first(target.gather::<Vec<WorkloadRow>>(Section::Workloads).await)?;
         let services = first(target.gather::<Vec<ServiceRow>>(Section::Services).await)?;
         Ok(Self { workloads: workloads.item, services: services.item, namespace })

@@ -6,7 +6,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Output, finish, listed, target};
-use crate::admin;
 use crate::cli::{Format, Global, NodeConfig, Saved};
 use crate::exit::Usage;
 use crate::render::{self, API_VERSION, Column, OnNode, Row, View, age, short_identity};
@@ -269,23 +268,19 @@ async fn log(global: &Global, level: Option<&str>) -> Output {
         return Err(anyhow!(Usage(format!("`{level}` is not a list of LEVEL and MODULE=LEVEL"))).into());
     }
     let target = target(global, &Saved::default()).await?;
-    let Target::Sockets(sockets) = &target else { return Ok(String::new()) };
-    let (mut rows, mut errors) = (Vec::new(), Vec::new());
-    for socket in &sockets.nodes {
-        let answer = match level {
-            Some(level) => admin::send(&socket.socket, "PUT", &format!("/logging?level={level}"), Vec::new()).await,
-            None => admin::send(&socket.socket, "GET", "/logging", Vec::new()).await,
-        };
-        let parsed = answer.map_err(anyhow::Error::from).and_then(|body| {
-            let value: Value = serde_json::from_slice(&body).context("log level")?;
-            Ok(value["level"].as_str().unwrap_or_default().to_owned())
-        });
-        match parsed {
-            Ok(level) => rows.push(OnNode { node: socket.label(), item: LogLevel { level } }),
-            Err(error) => errors.push(error.context(format!("node {}", socket.label()))),
-        }
-    }
-    finish(render::list(&rows, View::of(global))?, errors)
+    let (method, path) = match level {
+        Some(level) => ("PUT", format!("/logging?level={level}")),
+        None => ("GET", "/logging".to_owned()),
+    };
+    let path = path.as_str();
+    let gathered = target.live()?.each(|node| async move {
+        let body = node.door.send(method, path, Vec::new()).await?;
+        let value: Value = serde_json::from_slice(&body).context("log level")?;
+        let level = value["level"].as_str().unwrap_or_default().to_owned();
+        Ok(OnNode { node: node.label(), item: LogLevel { level } })
+    });
+    let gathered = gathered.await;
+    finish(render::list(&gathered.answers, View::of(global))?, gathered.errors)
 }
 
 async fn all(global: &Global, saved: &Saved) -> Output {
@@ -304,11 +299,8 @@ async fn all(global: &Global, saved: &Saved) -> Output {
         })
         .collect();
     // What the nodes said is wanted most when the controller is away.
-    let mut errors = gathered.errors;
-    let controller = target.controller().await.unwrap_or_else(|error| {
-        errors.push(error);
-        None
-    });
+    let (controller, more) = target.controller().await;
+    let errors = gathered.errors.into_iter().chain(more).collect();
     let dump = json!({"apiVersion": API_VERSION, "kind": "Dump", "controller": controller, "items": items});
     finish(render::document(&dump, format)?, errors)
 }

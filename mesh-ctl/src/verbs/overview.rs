@@ -1,5 +1,6 @@
 //! `status`, `proxy-status` and `version`: the mesh at a glance.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use mesh_api::admin::{CertificateRow, ConnectionRow, ControllerStatus, NodeStatus, Problem};
@@ -8,6 +9,7 @@ use serde_json::json;
 
 use super::{Output, finish, found, target};
 use crate::cli::{Global, Saved};
+use crate::exit::NoMesh;
 use crate::render::{self, API_VERSION, Column, OnNode, Row, View, age};
 use crate::target::{Section, Target};
 
@@ -54,9 +56,16 @@ struct ProxyRow {
     name: String,
     kind: String,
     node: String,
+    /// `connected` or `disconnected`.
     controller: String,
+    controller_address: String,
     version: String,
+    /// Workloads that are served, and all that are enrolled.
+    enrolled: String,
+    /// Whether it has acknowledged what the controller publishes.
     sync: String,
+    /// The same by type.
+    types: BTreeMap<String, String>,
     last_ack: String,
     error: String,
 }
@@ -69,9 +78,13 @@ impl Row for ProxyRow {
         Column::Narrow("NODE"),
         Column::Narrow("CONTROLLER"),
         Column::Narrow("VERSION"),
+        Column::Narrow("ENROLLED"),
         Column::Narrow("SYNC"),
         Column::Narrow("LAST-ACK"),
         Column::Narrow("ERR"),
+        Column::Wide("ADDRESS"),
+        Column::Wide("AUTHORIZATION"),
+        Column::Wide("CONTROLLER ADDRESS"),
     ];
 
     fn cells(&self) -> Vec<String> {
@@ -81,33 +94,40 @@ impl Row for ProxyRow {
             self.node.clone(),
             self.controller.clone(),
             self.version.clone(),
+            self.enrolled.clone(),
             self.sync.clone(),
             self.last_ack.clone(),
             self.error.clone(),
+            self.types.get("Address").cloned().unwrap_or_default(),
+            self.types.get("Authorization").cloned().unwrap_or_default(),
+            self.controller_address.clone(),
         ]
     }
 }
 
 pub(super) async fn proxy_status(global: &Global, saved: &Saved) -> Output {
     let target = target(global, saved).await?;
-    let gathered = target.gather::<NodeStatus>(Section::Status).await;
-    let mut errors = gathered.errors;
     // What the nodes say is worth most when the controller says nothing.
-    let controller = target.controller().await.unwrap_or_else(|error| {
-        errors.push(error);
-        None
-    });
-    let mut rows: Vec<ProxyRow> = gathered.answers.iter().map(|node| proxy_row(node, controller.as_ref())).collect();
+    let (gathered, (controller, more)) =
+        tokio::join!(target.gather::<NodeStatus>(Section::Status), target.controller());
+    let errors: Vec<_> = gathered.errors.into_iter().chain(more).collect();
+    let row = |node| proxy_row(&target, node, controller.as_ref());
+    let mut rows: Vec<ProxyRow> = gathered.answers.iter().map(row).collect();
     // Nodes that the controller knows and that nobody here can ask.
     for known in controller.iter().flat_map(|c| &c.nodes) {
-        if !rows.iter().any(|row| row.node == known.node) {
+        let is_wanted = global.node.as_ref().is_none_or(|only| *only == known.node);
+        if is_wanted && !rows.iter().any(|row| row.node == known.node) {
             rows.push(ProxyRow {
-                name: format!("mesh-node.{}", known.node),
+                name: target.proxy_of(&known.node),
                 kind: "node".to_owned(),
                 node: known.node.clone(),
-                controller: known.address.clone(),
+                // It is, or the controller would not know it.
+                controller: link(true),
+                controller_address: String::new(),
                 version: String::new(),
+                enrolled: String::new(),
                 sync: known.sync.clone(),
+                types: known.types.clone(),
                 last_ack: age(known.last_ack_secs),
                 error: rejected(&known.rejected),
             });
@@ -118,21 +138,35 @@ pub(super) async fn proxy_status(global: &Global, saved: &Saved) -> Output {
     if errors.is_empty() { found(text, bad) } else { finish(text, errors) }
 }
 
-fn proxy_row(node: &OnNode<NodeStatus>, controller: Option<&ControllerStatus>) -> ProxyRow {
+/// Whether a node proxy has its stream to the controller.
+fn link(connected: bool) -> String {
+    if connected { "connected" } else { "disconnected" }.to_owned()
+}
+
+/// Workloads that are served, and all that are enrolled.
+fn enrolled(node: &NodeStatus) -> String {
+    let ready = node.enrolled.iter().filter(|w| w.state == "ready").count();
+    format!("{ready}/{}", node.enrolled.len())
+}
+
+fn proxy_row(target: &Target, node: &OnNode<NodeStatus>, controller: Option<&ControllerStatus>) -> ProxyRow {
     let known = controller.and_then(|c| c.nodes.iter().find(|known| known.node == node.node));
     ProxyRow {
-        name: format!("mesh-node.{}", node.node),
+        name: target.proxy_of(&node.node),
         kind: "node".to_owned(),
         node: node.node.clone(),
-        controller: node.item.controller.clone(),
+        controller: link(node.item.controller_connected),
+        controller_address: node.item.controller.clone(),
         version: node.item.version.clone(),
+        enrolled: enrolled(&node.item),
+        types: known.map(|known| known.types.clone()).unwrap_or_default(),
         sync: known.map_or_else(|| "NOT CONNECTED".to_owned(), |known| known.sync.clone()),
         last_ack: known.map(|known| age(known.last_ack_secs)).unwrap_or_default(),
         error: known.map(|known| rejected(&known.rejected)).unwrap_or_default(),
     }
 }
 
-fn rejected(rejected: &std::collections::BTreeMap<String, String>) -> String {
+fn rejected(rejected: &BTreeMap<String, String>) -> String {
     rejected.iter().map(|(name, why)| format!("{name}: {why}")).collect::<Vec<_>>().join("; ")
 }
 
@@ -164,16 +198,18 @@ pub(super) async fn version(global: &Global, saved: &Saved) -> Output {
         nodes,
     };
     let mut rows = vec![row("mesh-ctl", env!("CARGO_PKG_VERSION"), Vec::new())];
-    let (Ok(target), mut errors) = (target(global, saved).await, Vec::new()) else {
-        eprintln!("mesh-ctl: no mesh to ask; this is the version of the client only");
-        return Ok(render::list(&rows, View::of(global))?);
+    let target = match target(global, saved).await {
+        Ok(target) => target,
+        Err(error) if error.is::<NoMesh>() => {
+            eprintln!("mesh-ctl: no mesh to ask; this is the version of the client only");
+            return Ok(render::list(&rows, View::of(global))?);
+        }
+        Err(error) => return finish(render::list(&rows, View::of(global))?, vec![error]),
     };
-    match target.controller().await {
-        Ok(controller) => rows.extend(controller.map(|c| row("mesh-controller", &c.version, Vec::new()))),
-        Err(error) => errors.push(error),
-    }
-    let gathered = target.gather::<NodeStatus>(Section::Status).await;
-    let mut by_version: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
+    let (gathered, (controller, mut errors)) =
+        tokio::join!(target.gather::<NodeStatus>(Section::Status), target.controller());
+    rows.extend(controller.map(|c| row("mesh-controller", &c.version, Vec::new())));
+    let mut by_version: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for node in gathered.answers {
         by_version.entry(node.item.version).or_default().push(node.node);
     }
@@ -185,11 +221,8 @@ pub(super) async fn version(global: &Global, saved: &Saved) -> Output {
 /// One screen.
 pub(super) async fn status(global: &Global, saved: &Saved) -> Output {
     let target = target(global, saved).await?;
-    let (controller, mut errors) = match target.controller().await {
-        Ok(controller) => (controller, Vec::new()),
-        Err(error) => (None, vec![error]),
-    };
-    let nodes = target.gather::<NodeStatus>(Section::Status).await;
+    let (nodes, (controller, mut errors)) =
+        tokio::join!(target.gather::<NodeStatus>(Section::Status), target.controller());
     errors.extend(nodes.errors);
     let share = encrypted_share(&target).await;
     let expiry = soonest_expiry(&target).await;
@@ -271,16 +304,14 @@ struct NodeLine {
 impl NodeLine {
     fn of(node: &OnNode<NodeStatus>) -> Self {
         let n = &node.item;
-        let ready = n.enrolled.iter().filter(|w| w.state == "ready").count();
         let state = if n.ready { "ready".to_owned() } else { format!("waiting for {}", n.waiting_for.join(", ")) };
-        let controller = if n.controller_connected { "connected" } else { "disconnected" };
         Self {
             cells: vec![
                 node.node.clone(),
                 state,
-                controller.to_owned(),
+                link(n.controller_connected),
                 n.config_source.clone(),
-                format!("{ready}/{}", n.enrolled.len()),
+                enrolled(n),
                 n.connections.to_string(),
                 age(n.uptime_secs),
                 n.version.clone(),

@@ -25,7 +25,7 @@ use crate::sandbox::{Enrolment, Layout, Mesh, Part, Phase, Sandbox, State, Topol
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
 pub(super) fn run(global: &Global, args: SandboxArgs) -> Output {
-    let name = global.sandbox.as_str();
+    let name = global.sandbox_name();
     match args.verb {
         SandboxVerb::Up => up(global, name),
         SandboxVerb::Status => status(global, name),
