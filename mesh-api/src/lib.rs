@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod crd;
 pub mod k8s;
+pub mod problem;
 pub mod proto;
 pub mod wds;
 pub mod yaml;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mesh_api::admin::Problem;
+use mesh_api::problem;
 use mesh_core::config::{Compiler, Delta, HttpFields, Settings, Waypoints};
 use time::OffsetDateTime;
 
@@ -19,7 +20,7 @@ use crate::kubernetes::review::Account;
 use crate::source::{Changed, Source};
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
-use crate::{admin_pipe, place, problem};
+use crate::{admin_pipe, place};
 
 /// Exit code of `check` when it finds errors (as `istioctl analyze`).
 const EXIT_FINDINGS: u8 = 79;

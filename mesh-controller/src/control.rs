@@ -6,6 +6,7 @@ use std::sync::{Arc, RwLock};
 
 use arc_swap::ArcSwap;
 use mesh_api::admin::Problem;
+use mesh_api::problem;
 use mesh_core::config::{Compiler, Delta, ObjectKey};
 use mesh_core::snapshot::Change;
 use tokio::sync::watch;
@@ -13,10 +14,10 @@ use tokio::sync::watch;
 use crate::ads::catalogue::{Catalogue, ResourceType};
 use crate::last_good::{LastGood, LogError};
 use crate::metrics::{Metrics, TypeLabel};
+use crate::place;
 use crate::publish::updates;
 use crate::source::cluster::Seen;
 use crate::source::{Batch, Changed, Source};
-use crate::{place, problem};
 
 /// Everything between a source and the streams.
 #[derive(Debug)]

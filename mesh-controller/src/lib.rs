@@ -21,7 +21,6 @@ pub mod last_good;
 pub mod limit;
 pub mod metrics;
 pub mod place;
-pub mod problem;
 pub mod publish;
 pub mod server;
 pub mod source;

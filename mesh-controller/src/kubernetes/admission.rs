@@ -6,12 +6,12 @@
 
 use mesh_api::admin::Problem;
 use mesh_api::k8s::{Item, from_api_server};
+use mesh_api::problem;
 use mesh_core::config::{Code, Compiler, Delta, Settings};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::follow::FOLLOWED;
-use crate::problem;
 
 /// The only version of the question that is understood.
 const API_VERSION: &str = "admission.k8s.io/v1";

@@ -10,6 +10,7 @@ use std::time::Duration;
 use kube::Client;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use mesh_api::admin::Problem;
+use mesh_api::problem;
 use mesh_core::config::{Code, ObjectKey};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -18,7 +19,6 @@ use tokio::sync::watch;
 
 use super::follow::Followed;
 use crate::control::Verdicts;
-use crate::problem;
 use crate::source::cluster::Seen;
 
 /// At node proxies.

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_api::admin::Problem;
 use mesh_api::k8s::Item;
+use mesh_api::problem;
 use mesh_core::config::objects::Kind;
 use mesh_core::config::{Delta, Object, ObjectKey};
 
 use super::Batch;
-use crate::problem;
 
 /// Objects that are looked at; the next ones are refused, each with a problem. The largest clusters that are known have
 /// 150,000 pods.

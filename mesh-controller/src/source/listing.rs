@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mesh_api::admin::Problem;
-
-use crate::problem;
+use mesh_api::problem;
 
 /// Names that are read.
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];

@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 
 use mesh_api::admin::Problem;
 use mesh_api::k8s::{Item, Suspect, items};
+use mesh_api::problem;
 use mesh_api::yaml::{MAX_FILE_BYTES, documents};
 use mesh_core::config::{Object, ObjectKey};
 use sha2::{Digest, Sha256};
 
 use super::Changed;
 use super::listing::{self, Doubts, Limits, Listed, Single, Stamp, list, look_at_one};
-use crate::problem;
 
 /// What one look found.
 #[derive(Debug, Default)]
@@ -233,7 +233,9 @@ impl Index {
         }
         for key in &self.contested {
             if let Some([first, others @ ..]) = self.claims.get(key).map(Vec::as_slice) {
-                look.doubts.problems.extend(others.iter().map(|other| duplicate(key, &other.object, &first.object)));
+                look.doubts
+                    .problems
+                    .extend(others.iter().map(|other| problem::duplicate(key, &other.object, &first.object)));
             }
         }
         look.doubts.problems.sort();
@@ -281,18 +283,4 @@ fn parse(name: &Arc<str>, text: &str, last: Option<&Arc<Content>>) -> Arc<Conten
         }
     }
     Arc::new(content)
-}
-
-fn duplicate(key: &ObjectKey, second: &Object, first: &Object) -> Problem {
-    let (here, there) = (&second.meta().origin, &first.meta().origin);
-    Problem {
-        code: problem::DUPLICATE.into(),
-        severity: problem::ERROR.into(),
-        object: key.to_string(),
-        file: here.file.to_string(),
-        line: here.line,
-        field: "metadata.name".into(),
-        message: format!("the object is there already, in {}:{}, which stays in force", there.file, there.line),
-        hint: "remove one of the two, or rename it".into(),
-    }
 }

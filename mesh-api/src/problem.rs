@@ -1,11 +1,13 @@
-//! Findings of the readers, in one form with those of the compiler.
+//! Findings of the readers, in one form with those of the compiler, and the lines of files that they are about.
 //!
 //! Numbers below 100 are the readers'; from 101 on they are [`mesh_core::config::Code`]'s. A number never changes its
 //! meaning.
 
-use mesh_api::admin::Problem;
-use mesh_api::k8s::{Finding, Reason};
 use mesh_core::config;
+
+use crate::admin::Problem;
+use crate::k8s::{Finding, Reason};
+use crate::yaml::{Node, Value};
 
 /// A file or directory that cannot be read.
 pub const UNREADABLE: &str = "MESH001";
@@ -77,6 +79,21 @@ pub fn of_compiler(problem: &config::Problem) -> Problem {
     }
 }
 
+/// A second object of one key.
+pub fn duplicate(key: &config::ObjectKey, second: &config::Object, first: &config::Object) -> Problem {
+    let (here, there) = (&second.meta().origin, &first.meta().origin);
+    Problem {
+        code: DUPLICATE.into(),
+        severity: ERROR.into(),
+        object: key.to_string(),
+        file: here.file.to_string(),
+        line: here.line,
+        field: "metadata.name".into(),
+        message: format!("the object is there already, in {}:{}, which stays in force", there.file, there.line),
+        hint: "remove one of the two, or rename it".into(),
+    }
+}
+
 /// One line: code, place, object, field, fact, what to do.
 pub fn line(p: &Problem) -> String {
     let place = match (p.file.as_str(), p.line) {
@@ -88,4 +105,51 @@ pub fn line(p: &Problem) -> String {
     let field = if p.field.is_empty() { String::new() } else { format!(" {}:", p.field) };
     let hint = if p.hint.is_empty() { String::new() } else { format!(". {}", p.hint) };
     format!("{}{place}{}{field}{}{hint}", p.code, part(&p.object), part(&p.message))
+}
+
+/// The line of a field of the object that begins at `line`; none if no object begins there, because the file has
+/// changed meanwhile.
+pub fn line_in(nodes: &[Node], line: u32, field: &str) -> Option<u32> {
+    nodes.iter().find_map(|node| {
+        if node.line == line && node.get("items").is_none() {
+            return Some(node.line_of(field));
+        }
+        match &node.get("items")?.value {
+            Value::List(items) => items.iter().find(|item| item.line == line).map(|item| item.line_of(field)),
+            Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::Text(_) | Value::Map(_) => None,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::yaml::documents;
+
+    const TEXT: &str = "kind: A
+spec:
+  ports: [1]
+---
+kind: List
+items:
+- kind: B
+  spec:
+    rules:
+    - to: x
+- kind: C
+";
+
+    fn line(object: u32, field: &str) -> Option<u32> {
+        let nodes: Vec<Node> = documents(TEXT).into_iter().map(Result::unwrap).collect();
+        line_in(&nodes, object, field)
+    }
+
+    #[test]
+    fn a_field_has_its_own_line_in_documents_and_lists() {
+        assert_eq!(line(1, "spec.ports[0]"), Some(3));
+        assert_eq!(line(7, "spec.rules[0].to"), Some(10));
+        assert_eq!(line(7, "spec.rules[4].to"), Some(9), "the deepest part that exists");
+        assert_eq!(line(11, "spec.rules"), Some(11));
+        assert_eq!(line(2, "spec.ports"), None, "no object begins there");
+    }
 }
