@@ -144,6 +144,8 @@ pub enum Verb {
     /// Whether every node proxy has the controller's configuration.
     #[command(visible_alias = "ps")]
     ProxyStatus(Saved),
+    /// What is wrong with the objects of files, each alone, without a mesh.
+    Validate(ValidateArgs),
     /// Versions of this program, the controller and the nodes.
     Version(Saved),
     /// Completion script for a shell.
@@ -237,6 +239,21 @@ pub struct WhyArgs {
     /// Port: of the service for svc/NAME, else of the pod.
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
+}
+
+/// Arguments of `validate`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The same is found as by the API server's question to the controller before an object is written, for every kind \
+that the mesh reads; what depends on other objects is not (see `mesh-controller check`). Exits with 79 if there are errors."
+)]
+pub struct ValidateArgs {
+    /// File or directory of YAML or JSON, or `-` (repeatable).
+    #[arg(short, long, value_name = "FILE", required_unless_present = "files")]
+    pub filename: Vec<PathBuf>,
+    /// The same.
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
 }
 
 /// Arguments of `logs`.
@@ -375,6 +392,8 @@ mod tests {
             "mesh-ctl bpf map WORKLOADS --node a",
             "mesh-ctl ps --kubeconfig /k --context c -i mesh -n shop",
             "mesh-ctl status --istio-namespace mesh",
+            "mesh-ctl validate -f a.yaml -f b",
+            "mesh-ctl validate a.yaml -",
             "mesh-ctl sandbox exec client -- curl -s http://web/",
         ] {
             let parsed = Cli::try_parse_from(line.split(' '));

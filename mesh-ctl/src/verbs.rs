@@ -5,10 +5,12 @@ mod authn;
 mod authz;
 mod bpf;
 mod logs;
+mod manifests;
 mod names;
 mod nodes;
 mod overview;
 pub mod sandbox;
+mod validate;
 
 use anyhow::Context;
 use clap::CommandFactory;
@@ -49,6 +51,7 @@ pub fn run(cli: Cli) -> Output {
             clap_complete::generate(shell, &mut Cli::command(), "mesh-ctl", &mut script);
             Ok(String::from_utf8_lossy(&script).into_owned())
         }
+        Verb::Validate(args) => validate::run(&global, &args),
         Verb::Status(saved) => block_on(overview::status(&global, &saved)),
         Verb::ProxyStatus(saved) => block_on(overview::proxy_status(&global, &saved)),
         Verb::Version(saved) => block_on(overview::version(&global, &saved)),

@@ -424,3 +424,20 @@ fn completion_scripts_know_the_verbs() {
     // Without a mesh the client still knows its own version, and says that it is alone.
     bed.run(&["version"]).succeeds().prints("mesh-ctl").complains("no mesh to ask");
 }
+
+#[test]
+fn files_are_validated_without_a_mesh() {
+    let bed = SandboxBed::new();
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: ";
+    let (good, bad) = (format!("{policy}{{}}\n"), format!("{policy}{{action: MAYBE}}\n"));
+    let (good, bad) = (bed.file("good.yaml", &good), bed.file("bad.yaml", &bad));
+    let (good, bad) = (good.to_str().unwrap(), bad.to_str().unwrap());
+    bed.run(&["validate", "-f", good]).succeeds().prints("1 objects read, 0 errors, 0 warnings");
+    bed.run(&["validate", "-f", bad]).exits(79).prints("bad.yaml:4").prints("spec.action").prints("1 errors");
+    let directory = std::path::Path::new(good).parent().unwrap().to_str().unwrap();
+    let both = bed.run(&["validate", directory, "-o", "json"]);
+    let found = items(both.exits(79));
+    assert_eq!((found.len(), &found[0]["field"]), (1, &"spec.action".into()), "{}", both.all());
+    bed.run(&["validate", "/nowhere.yaml"]).exits(65).complains("/nowhere.yaml");
+    bed.run(&["validate"]).exits(64);
+}
