@@ -144,6 +144,14 @@ pub enum Verb {
     /// Whether every node proxy has the controller's configuration.
     #[command(visible_alias = "ps")]
     ProxyStatus(Saved),
+    /// What is wrong with the configuration of the mesh as a whole; with FILES: once they are applied.
+    Analyze(AnalyzeArgs),
+    /// Take the pods of namespaces into the mesh (on Kubernetes).
+    #[command(visible_alias = "enrol")]
+    Enroll(EnrollArgs),
+    /// Take the pods of namespaces out of the mesh.
+    #[command(visible_alias = "unenrol")]
+    Unenroll(EnrollArgs),
     /// What is wrong with the objects of files, each alone, without a mesh.
     Validate(ValidateArgs),
     /// Versions of this program, the controller and the nodes.
@@ -239,6 +247,30 @@ pub struct WhyArgs {
     /// Port: of the service for svc/NAME, else of the pod.
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
+}
+
+/// Arguments of `analyze`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Findings have Istio's codes where it has one for the same (IST0101, IST0102, IST0106, IST0127, IST0133), else \
+those of docs/operations.md. Those of one namespace (-n, else the context's) and of the mesh's own are shown, and all of files; -A \
+shows all. Exits with 79 if there are errors."
+)]
+pub struct AnalyzeArgs {
+    /// Files and directories of YAML or JSON, or `-`; their objects count in place of the mesh's.
+    #[arg(value_name = "FILE", required_if_eq("offline", "true"))]
+    pub files: Vec<PathBuf>,
+    /// Look at the files alone.
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// Arguments of `enroll` and `unenroll`.
+#[derive(Debug, Args)]
+pub struct EnrollArgs {
+    /// NAMESPACE or ns/NAMESPACE.
+    #[arg(value_name = "NAMESPACE", required = true)]
+    pub namespaces: Vec<String>,
 }
 
 /// Arguments of `validate`.
@@ -394,6 +426,9 @@ mod tests {
             "mesh-ctl status --istio-namespace mesh",
             "mesh-ctl validate -f a.yaml -f b",
             "mesh-ctl validate a.yaml -",
+            "mesh-ctl analyze -A",
+            "mesh-ctl analyze --offline a.yaml",
+            "mesh-ctl unenroll shop ns/bank",
             "mesh-ctl sandbox exec client -- curl -s http://web/",
         ] {
             let parsed = Cli::try_parse_from(line.split(' '));

@@ -2,6 +2,7 @@
 
 mod door;
 mod kubernetes;
+mod objects;
 mod pod;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,8 @@ use serde_json::Value;
 
 pub use self::door::Door;
 pub use self::kubernetes::ROOT_NAMESPACE;
+pub(crate) use self::kubernetes::{client, explain};
+pub use self::objects::Configuration;
 use crate::cli::{Global, Saved};
 use crate::exit::{BadInput, NoMesh, Unavailable, Usage};
 use crate::render::OnNode;

@@ -1,9 +1,11 @@
 //! The verbs: each gathers what it needs and renders it. Text goes to the caller, messages go to stderr.
 
 mod access_log;
+mod analyze;
 mod authn;
 mod authz;
 mod bpf;
+mod enroll;
 mod logs;
 mod manifests;
 mod names;
@@ -15,6 +17,7 @@ mod validate;
 use anyhow::Context;
 use clap::CommandFactory;
 
+use self::enroll::Wish;
 use crate::cli::{Authn, Authz, Cli, Global, Saved, Verb};
 use crate::exit::Findings;
 use crate::render::{self, Row, View};
@@ -51,6 +54,9 @@ pub fn run(cli: Cli) -> Output {
             clap_complete::generate(shell, &mut Cli::command(), "mesh-ctl", &mut script);
             Ok(String::from_utf8_lossy(&script).into_owned())
         }
+        Verb::Analyze(args) => block_on(analyze::run(&global, &args)),
+        Verb::Enroll(args) => block_on(enroll::run(&global, &args, Wish::Enrolled)),
+        Verb::Unenroll(args) => block_on(enroll::run(&global, &args, Wish::Outside)),
         Verb::Validate(args) => validate::run(&global, &args),
         Verb::Status(saved) => block_on(overview::status(&global, &saved)),
         Verb::ProxyStatus(saved) => block_on(overview::proxy_status(&global, &saved)),

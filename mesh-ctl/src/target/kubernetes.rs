@@ -40,7 +40,7 @@ const CONTROLLER: Part = Part { app: "mesh-controller", container: "controller",
 ///
 /// # Errors
 /// The kubeconfig cannot be used.
-pub(super) async fn client(global: &Global) -> Result<Option<(Client, String)>> {
+pub(crate) async fn client(global: &Global) -> Result<Option<(Client, String)>> {
     let bad = |error: KubeconfigError| anyhow!(BadInput(format!("kubeconfig: {:#}", anyhow::Error::from(error))));
     let options = KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
     let kubeconfig = match &global.kubeconfig {
@@ -133,7 +133,7 @@ async fn within<T>(request: impl Future<Output = kube::Result<T>>, doing: &str) 
 }
 
 /// What an error of the API server means for whoever runs this program.
-pub(super) fn explain(error: kube::Error, doing: &str) -> anyhow::Error {
+pub(crate) fn explain(error: kube::Error, doing: &str) -> anyhow::Error {
     let by_code = |code: u16, message: &str| match code {
         401 => anyhow!(Forbidden(format!("cannot {doing}: the API server does not know this user ({message})"))),
         403 => anyhow!(Forbidden(format!(

@@ -53,6 +53,16 @@ impl Manifests {
         Ok(manifests)
     }
 
+    /// These on top of others, whose objects count where these have none of their key.
+    pub(super) fn over(mut self, below: Self) -> Self {
+        self.problems.extend(below.problems);
+        self.nodes.extend(below.nodes);
+        let known = self.known;
+        self.objects.extend(below.objects.into_iter().filter(|object| !known.contains_key(&object.key())));
+        self.known = self.objects.iter().enumerate().map(|(at, object)| (object.key(), at)).collect();
+        self
+    }
+
     /// A finding of the compiler, with its line.
     pub(super) fn of_compiler(&self, found: &config::Problem) -> Problem {
         let mut problem = problem::of_compiler(found);
