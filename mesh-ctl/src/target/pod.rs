@@ -148,7 +148,7 @@ impl PodDoor {
         let doing = || format!("start a process in {} (create pods/exec)", self.place());
         let process = self.pods.exec(&self.pod, &self.command, &parameters).await;
         let mut process = process.map_err(|error| explain(error, &doing()))?;
-        let none = || anyhow!("the API server gave no {}", "standard streams");
+        let none = || anyhow!("the API server gave no standard streams");
         let (stdin, stdout) = (process.stdin().ok_or_else(none)?, process.stdout().ok_or_else(none)?);
         let complaints = Box::new(process.stderr().ok_or_else(none)?);
         let session = Session::open(tokio::io::join(stdout, stdin)).await;
@@ -178,10 +178,8 @@ impl PodDoor {
 /// Why a process ended: what it wrote to standard error, or what the container runtime says.
 async fn last_words(mut conversation: Conversation) -> Option<String> {
     let status = conversation.process.take_status();
-    let Conversation { complaints, session, .. } = &mut conversation;
-    let _ = session;
     let mut said = String::new();
-    let mut complaints = complaints.take(LAST_WORDS_BYTES);
+    let mut complaints = (&mut conversation.complaints).take(LAST_WORDS_BYTES);
     let heard = tokio::time::timeout(LAST_WORDS_WITHIN, complaints.read_to_string(&mut said)).await;
     let said = said.trim();
     if heard.is_ok() && !said.is_empty() {
