@@ -133,6 +133,8 @@ fn mesh_ctl_says_what_the_mesh_of_a_cluster_is_and_does_through_the_api_server_a
     both_nodes_are_in_sync_and_know_the_pods(bed);
     every_verb_asks_every_node(bed);
     what_traffic_does_is_said(bed);
+    configuration_is_analyzed(bed);
+    namespaces_come_and_go(bed);
     rights_are_needed_and_those_that_are_documented_suffice(bed);
     who_does_not_answer_is_named(bed);
 }
@@ -209,6 +211,53 @@ fn what_traffic_does_is_said(bed: &KubernetesBed) {
     assert_eq!(asks_web(bed, ("shop", "client")).unwrap().trim(), "web");
 }
 
+/// `analyze` reads the cluster, and files on top of it.
+fn configuration_is_analyzed(bed: &KubernetesBed) {
+    run(bed, &["analyze", "-n", "shop"]).succeeds().prints("no issues found");
+    let all = run(bed, &["analyze", "-A"]);
+    all.succeeds().prints("Info [IST0102] (Namespace default) ");
+    assert_eq!(all.stdout.lines().count(), 1, "{}", all.all());
+    let selects = |label: &str| {
+        let policy =
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\n";
+        format!("{policy}spec: {{selector: {{matchLabels: {{app: {label}}}}}}}\n")
+    };
+    let file = bed.cluster().directory().join("policy.yaml");
+    let analyze = |text: &str, flag: &str| {
+        std::fs::write(&file, text).unwrap();
+        run(bed, &["analyze", file.to_str().unwrap(), flag])
+    };
+    analyze(&selects("web"), "-nshop").succeeds().prints("no issues found");
+    analyze(&selects("nobody"), "-nshop").succeeds().prints("Warning [IST0127] (AuthorizationPolicy shop/p ");
+    analyze(&selects("web"), "--offline").succeeds().prints("Warning [IST0127]");
+    let wrong = selects("web").replace("spec: {", "spec: {action: MAYBE, ");
+    analyze(&wrong, "-nshop").exits(79).prints("Error [IST0106] (AuthorizationPolicy shop/p ");
+}
+
+/// The label helpers, with what becomes of the pods.
+fn namespaces_come_and_go(bed: &KubernetesBed) {
+    let reads = |protocol: &str| {
+        let what = format!("the stranger is {protocol}");
+        let seen = bed.cluster().until(&what, || {
+            let known =
+                items(run(bed, &["node-config", "workload", "-n", "default", "--node", "n1", "-o", "json"]).succeeds());
+            let stranger = known.iter().find(|row| row["name"] == "stranger");
+            ensure!(stranger.is_some_and(|row| row["protocol"] == protocol), "{known:?}");
+            Ok(Some(()))
+        });
+        seen.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
+    };
+    reads("TCP");
+    run(bed, &["enroll", "default"]).succeeds().prints("namespace default is enrolled");
+    reads("HBONE");
+    // Under STRICT, as a member.
+    let asked = bed.cluster().until("the stranger gets in", || asks_web(bed, ("default", "stranger")).map(Some));
+    assert_eq!(asked.unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs())).trim(), "web");
+    run(bed, &["unenroll", "ns/default"]).succeeds().prints("leave the mesh");
+    reads("TCP");
+    run(bed, &["enroll", "nowhere"]).exits(64).complains("no namespace `nowhere`");
+}
+
 /// A kubeconfig of the viewer's.
 fn viewer(bed: &KubernetesBed) -> PathBuf {
     let cluster = bed.cluster();
@@ -241,6 +290,8 @@ fn rights_are_needed_and_those_that_are_documented_suffice(bed: &KubernetesBed) 
         run_as(&viewer, verb).succeeds();
     }
     run_as(&viewer, &["logs", "client.shop"]).succeeds();
+    run_as(&viewer, &["analyze"]).exits(77).complains("list namespaces");
+    run_as(&viewer, &["enroll", "shop"]).exits(77).complains("patch namespaces");
     // May see the pods, and not ask them.
     let remove = r#"[{"op": "remove", "path": "/rules/2"}]"#;
     bed.cluster().kubectl(&["-n=istio-system", "patch", "role", "mesh-ctl", "--type=json", "-p", remove]).unwrap();
