@@ -441,3 +441,20 @@ fn files_are_validated_without_a_mesh() {
     bed.run(&["validate", "/nowhere.yaml"]).exits(65).complains("/nowhere.yaml");
     bed.run(&["validate"]).exits(64);
 }
+
+#[test]
+fn the_configuration_of_a_sandbox_is_analyzed_with_files_on_top() {
+    let bed = up();
+    let policy =
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: default}\nspec: ";
+    let of = |label: &str| format!("{policy}{{selector: {{matchLabels: {{app: {label}}}}}}}\n");
+    let (web, nobody) = (bed.file("web.yaml", &of("web")), bed.file("nobody.yaml", &of("nobody")));
+    bed.run(&["analyze", "-A", web.to_str().unwrap()]).succeeds().prints("no issues found");
+    bed.run(&["analyze", nobody.to_str().unwrap()])
+        .succeeds()
+        .prints("Warning [IST0127] (AuthorizationPolicy default/p ");
+    // The file's version of an object that is there counts, and is no second one.
+    bed.run(&["sandbox", "apply", nobody.to_str().unwrap()]).succeeds();
+    bed.run(&["analyze"]).succeeds().prints("IST0127");
+    bed.run(&["analyze", web.to_str().unwrap()]).succeeds().prints("no issues found");
+}
