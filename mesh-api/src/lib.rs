@@ -4,6 +4,7 @@
 //! Not here: decisions.
 
 pub mod admin;
+pub mod admin_pipe;
 pub mod crd;
 pub mod k8s;
 pub mod problem;

@@ -17,10 +17,10 @@ use crate::app::{self, Asked, Options, Origin};
 use crate::ca::store::{RotationStage, SignerSource, rotate};
 use crate::door::unix_now;
 use crate::kubernetes::review::Account;
+use crate::place;
 use crate::source::{Changed, Source};
 use crate::state_dir::StateDir;
 use crate::token::TokenKey;
-use crate::{admin_pipe, place};
 
 /// Exit code of `check` when it finds errors (as `istioctl analyze`).
 const EXIT_FINDINGS: u8 = 79;
@@ -215,7 +215,9 @@ pub fn main() -> ExitCode {
         Command::Token(args) => token(&args),
         Command::Check(args) => check(args),
         Command::RotateRoot(args) => rotate_root(&args),
-        Command::Admin(args) => admin_pipe::run(&args.admin_socket).map(|()| ExitCode::SUCCESS),
+        Command::Admin(args) => {
+            mesh_api::admin_pipe::run(&args.admin_socket).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
     };
     done.unwrap_or_else(|error| {
         eprintln!("mesh-controller: {error:#}");

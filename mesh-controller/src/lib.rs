@@ -8,7 +8,6 @@
 //! Never here: the data plane, and decisions about a connection. Only [`app`] spawns tasks.
 
 pub mod admin;
-pub mod admin_pipe;
 pub mod ads;
 pub mod app;
 pub mod ca;

@@ -11,7 +11,7 @@ use mesh_agent::conflist::{self, PluginConfig};
 use mesh_agent::kubernetes::CniOptions;
 
 use crate::config::{AgentArgs, AgentEndedArgs, CleanupArgs, Cli, CniArgs, Command, Config};
-use crate::{admin_pipe, app, capture, check, logging, readiness, supervisor};
+use crate::{app, capture, check, logging, readiness, supervisor};
 
 /// Time for the kernel to release links that are no longer pinned; milliseconds are usual.
 const RELEASED_WITHIN: Duration = Duration::from_secs(2);
@@ -28,7 +28,9 @@ pub fn main() -> ExitCode {
         Command::Check => Ok(check::run()),
         Command::AgentEnded(args) => agent_ended(&args),
         Command::Ready(args) => readiness::ask(args.ready_addr, &args.pod),
-        Command::Admin(args) => admin_pipe::run(&args.admin_socket).map(|()| ExitCode::SUCCESS),
+        Command::Admin(args) => {
+            mesh_api::admin_pipe::run(&args.admin_socket).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
     };
     done.unwrap_or_else(|error| {
         eprintln!("mesh-node: {error:#}");

@@ -6,7 +6,6 @@
 pub mod accept;
 pub mod access_log;
 pub mod admin;
-pub mod admin_pipe;
 pub mod app;
 pub mod ca_client;
 pub mod capture;

@@ -307,7 +307,7 @@ fn who_does_not_answer_is_named(bed: &KubernetesBed) {
     let cluster = bed.cluster();
     let set = ["-n=istio-system", "patch", "daemonset", "mesh-node", "--type=strategic", "-p"];
     let broken = r#"{"spec": {"updateStrategy": {"type": "OnDelete", "rollingUpdate": null}, "template": {"spec": {"containers": [
-        {"name": "proxy", "image": "localhost/nothing:1", "imagePullPolicy": "Never"}]}}}}"#;
+        {"name": "node-proxy", "image": "localhost/nothing:1", "imagePullPolicy": "Never"}]}}}}"#;
     cluster.kubectl(&[&set[..], &[broken]].concat()).unwrap();
     let of_n2 = ["-n=istio-system", "delete", "pod", "-l=app=mesh-node", "--field-selector=spec.nodeName=n2"];
     cluster.kubectl(&of_n2).unwrap();

@@ -136,7 +136,9 @@ spec:
 /// Nobody may have a kubelet call somebody else's pod.
 fn probes_of_others(bed: &KubernetesBed) {
     for handler in ["livenessProbe", "readinessProbe", "startupProbe", "lifecycle: {postStart", "lifecycle: {preStop"] {
-        for (how, host, is_fine) in [("httpGet", "10.1.1.1", false), ("tcpSocket", "web.shop", false), ("httpGet", "127.0.0.1", true)] {
+        for (how, host, is_fine) in
+            [("httpGet", "10.1.1.1", false), ("tcpSocket", "web.shop", false), ("httpGet", "127.0.0.1", true)]
+        {
             let close = if handler.contains('{') { "}" } else { "" };
             let pod = format!(
                 r#"

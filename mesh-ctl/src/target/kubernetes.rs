@@ -33,7 +33,7 @@ struct Part {
     program: &'static str,
 }
 
-const PROXY: Part = Part { app: "mesh-node", container: "proxy", program: "/bin/mesh-node" };
+const PROXY: Part = Part { app: "mesh-node", container: "node-proxy", program: "/bin/mesh-node" };
 const CONTROLLER: Part = Part { app: "mesh-controller", container: "controller", program: "/bin/mesh-controller" };
 
 /// A client, and the namespace of the context; none if nothing names a cluster.
@@ -229,9 +229,9 @@ mod tests {
         let pod = json!({
             "metadata": {"name": name, "namespace": "istio-system", "labels": {"app": "mesh-node"},
                          "creationTimestamp": "2026-01-01T00:00:00Z"},
-            "spec": {"nodeName": node, "containers": [{"name": "proxy", "args": ["run", "--admin-socket=/a.sock"]}]},
+            "spec": {"nodeName": node, "containers": [{"name": "node-proxy", "args": ["run", "--admin-socket=/a.sock"]}]},
             "status": {"phase": "Running", "containerStatuses": [{
-                "name": "proxy", "ready": true, "image": "", "imageID": "", "restartCount": 0, "state": container}]},
+                "name": "node-proxy", "ready": true, "image": "", "imageID": "", "restartCount": 0, "state": container}]},
         });
         serde_json::from_value(pod).expect("a pod")
     }

@@ -66,7 +66,8 @@ impl Roster {
             return self.remove(uid).await;
         }
         info!(workload = &*workload.name, namespace = &*workload.namespace, "workload left; its connections go on");
-        let earlier: Vec<_> = self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|l| Arc::clone(&l.workload)).collect();
+        let earlier: Vec<_> =
+            self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|l| Arc::clone(&l.workload)).collect();
         if let [oldest, rest @ ..] = &earlier[..]
             && rest.len() + 1 >= MAX_OF_ONE
         {
@@ -103,7 +104,8 @@ impl Roster {
 
     /// Ends all that is left of a workload that left.
     pub(super) async fn end_all_leaving(&mut self, uid: &WorkloadUid) {
-        let gone = self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|leaving| Arc::clone(&leaving.workload));
+        let gone =
+            self.leaving.iter().filter(|leaving| leaving.is_of(uid)).map(|leaving| Arc::clone(&leaving.workload));
         self.end_those(&gone.collect::<Vec<_>>()).await;
     }
 

@@ -1,4 +1,4 @@
-//! `mesh-controller admin`: standard input and output are a connection to the admin interface.
+//! `mesh-node admin` and `mesh-controller admin`: standard input and output are a connection to the admin interface.
 //!
 //! Whoever may start a process in this container, and nobody else, reaches the admin socket that way: there is neither a shell
 //! nor a port.
@@ -10,8 +10,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::Context;
-
 /// Bytes that are carried at once.
 const BUFFER_BYTES: usize = 16 * 1024;
 
@@ -19,17 +17,22 @@ const BUFFER_BYTES: usize = 16 * 1024;
 ///
 /// # Errors
 /// Nobody listens there, or an end breaks off.
-pub fn run(socket: &Path) -> anyhow::Result<()> {
-    let mut questions = UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
-    let mut answers = questions.try_clone().context("admin socket")?;
+pub fn run(socket: &Path) -> io::Result<()> {
+    let mut questions =
+        UnixStream::connect(socket).map_err(|error| said(&format!("connect to {}", socket.display()), &error))?;
+    let mut answers = questions.try_clone()?;
     std::thread::Builder::new().name("questions".to_owned()).spawn(move || {
         // Whoever asks has gone, or has asked all: the other direction says how it ended.
         let _ = carry(&mut io::stdin().lock(), &mut questions);
         let _ = questions.shutdown(Shutdown::Write);
     })?;
     // `Stdout` would keep back what has no newline.
-    let mut out = File::from(io::stdout().as_fd().try_clone_to_owned().context("standard output")?);
-    carry(&mut answers, &mut out).context("carry answers")
+    let mut out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    carry(&mut answers, &mut out).map_err(|error| said("carry answers", &error))
+}
+
+fn said(what: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 /// Each part as soon as it is there. (`io::copy` splices, and the kernel keeps a part back until there is more.)
