@@ -272,7 +272,10 @@ fn one_of_two_writes_status(cluster: &Cluster) {
         Ok(Some(()))
     });
     // The API server may go on asking the one that is gone for a moment.
-    until(cluster, "a policy is taken", || Ok(Some(drop(cluster.apply(&object(POLICY, "led", "{}"))?))));
+    until(cluster, "a policy is taken", || {
+        cluster.apply(&object(POLICY, "led", "{}"))?;
+        Ok(Some(()))
+    });
     conditions_become(cluster, "led", "ZtunnelAccepted=True/Accepted@1");
     cluster.kubectl(&["-n", "shop", "delete", "authorizationpolicy", "led"]).unwrap();
 }
