@@ -144,7 +144,8 @@ async fn set_up(worker: &Arc<Worker>, serving: &Arc<Serving>, peer: SocketAddr) 
         tracing::debug!(workload = %serving.enrolled.name, %peer, "connection to the outbound port was not captured");
         return None;
     };
-    let mut attempt = Attempt { worker, serving, peer, target, excluded: Vec::new(), last: None, recorded: false };
+    let mut attempt =
+        Attempt { worker, serving, peer, target, excluded: Vec::new(), last: None, recorded: false, untunnelled: None };
     let error = match timeout(SETUP_TIMEOUT, attempt.run()).await {
         Ok(Ok(connected)) => return Some(connected),
         Ok(Err(error)) => error,
@@ -169,6 +170,8 @@ struct Attempt<'a> {
     last: Option<Description>,
     /// The failure has its record already.
     recorded: bool,
+    /// Why the tunnel was not to be had that was planned before.
+    untunnelled: Option<OutboundError>,
 }
 
 impl Attempt<'_> {
@@ -190,6 +193,7 @@ impl Attempt<'_> {
             sleep(pause).await;
             pause = (pause * 2).min(SETTLE_PAUSE_MAX);
             self.excluded.clear();
+            self.untunnelled = matches!(error, OutboundError::Tunnel(_)).then_some(error);
         }
     }
 
@@ -198,6 +202,10 @@ impl Attempt<'_> {
         loop {
             let view = self.worker.shared.view.load_full();
             let plan = self.plan(&view);
+            // One that was to be reached by a tunnel and is gone is no destination that the mesh has never known.
+            if let (Ok(Plan::Passthrough { upstream: None, .. }), Some(error)) = (&plan, self.untunnelled.take()) {
+                return Err(error);
+            }
             let endpoint = match &plan {
                 Ok(
                     Plan::Tunnel(upstream) | Plan::Local(upstream) | Plan::Passthrough { upstream: Some(upstream), .. },

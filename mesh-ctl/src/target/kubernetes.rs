@@ -269,9 +269,9 @@ mod tests {
         let why = |state: Value| why_not_running(&pod("p", "n", &state), &PROXY);
         assert_eq!(why(running()), None);
         let waiting = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}});
-        assert_eq!(why(waiting).as_deref(), Some("container proxy does not run: CrashLoopBackOff: back-off 10s"));
+        assert_eq!(why(waiting).as_deref(), Some("container node-proxy does not run: CrashLoopBackOff: back-off 10s"));
         let ended = json!({"terminated": {"exitCode": 78, "reason": "Error"}});
-        assert_eq!(why(ended).as_deref(), Some("container proxy does not run: Error"));
+        assert_eq!(why(ended).as_deref(), Some("container node-proxy does not run: Error"));
         let mut bare = pod("p", "n", &running());
         bare.status = Some(serde_json::from_value(json!({"phase": "Pending"})).expect("a status"));
         assert_eq!(why_not_running(&bare, &PROXY).as_deref(), Some("Pending"));
