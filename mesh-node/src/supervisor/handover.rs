@@ -148,7 +148,7 @@ pub struct Taken {
     pub predecessor: Peer,
 }
 
-/// Asks the running supervisor for everything; `None` when none runs.
+/// Asks the running supervisor for everything; `None` when none runs, or dies before it has given all.
 pub fn take_over(state_dir: &Path) -> anyhow::Result<Option<Taken>> {
     let path = socket_path(state_dir);
     let socket = match seqpacket::connect(&path) {
@@ -164,14 +164,22 @@ pub fn take_over(state_dir: &Path) -> anyhow::Result<Option<Taken>> {
     let mut store = FdStore::default();
     let mut lock = None;
     loop {
-        peer.flush(&store).context("ask the running supervisor")?;
+        match peer.flush(&store) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                return Ok(None);
+            }
+            flushed => flushed.context("ask the running supervisor")?,
+        };
         match peer.hear() {
             Heard::Message(StoreMessage::Put(name), Some(fd)) if name == LOCK_NAME => lock = Some(StateLock::adopt(fd)),
             Heard::Message(StoreMessage::Put(name), Some(fd)) => store.put(name, fd)?,
             Heard::Message(StoreMessage::Loaded, _) => break,
             Heard::Message(message, _) => bail!("the running supervisor said `{message}` instead of handing over"),
             Heard::Malformed(reason) => bail!("the running supervisor does not speak our protocol: {reason}"),
-            Heard::Closed => bail!("the running supervisor went away while handing over"),
+            Heard::Closed => {
+                warn!("the running supervisor went away while handing over");
+                return Ok(None);
+            }
             Heard::Nothing => wait_readable(&peer, deadline)?,
         }
     }
