@@ -16,7 +16,7 @@ use super::guard::Place;
 use super::netns::{Interface, find_netns, in_netns, interfaces, netns_cookie};
 use super::pins::{CLSACT_SUFFIX, GATE, InterfacePin, LOOKUP, entries};
 use super::programs::{INGRESS_PROGRAM, INTERFACE_PROGRAMS, LOOKUP_PROGRAM, Programs, existing_link, is_at_node_end};
-use super::sock_diag::{LISTEN, SYN_RECV, SockDiag, TcpSocket};
+use super::sock_diag::{LISTEN, SYN_RECV, SYN_SENT, SockDiag, TcpSocket};
 use super::sys::{self, AttachType, Target};
 use super::{Capture, ListenerFds, inner_route, insert, tc};
 
@@ -107,7 +107,9 @@ impl Capture {
             }
             let (found, ends) = self.guard(programs, &place)?;
             if first_time {
-                known = known.max(self.note_preexisting(cookie, &sockets()?)?);
+                let after = sockets()?;
+                known = known.max(self.note_preexisting(cookie, &after)?);
+                end_half_open(&diag, &after, &listeners);
             }
             let notes = self.notes(cookie)?;
             self.count_anew(slot, notes.len());
@@ -264,15 +266,9 @@ impl Capture {
     }
 }
 
-/// Whether a socket has a connection that its peer outside may go on with, or shakes hands for one: who dials now is
-/// captured, and what comes in now is the proxy's, so that both were begun before.
+/// Whether a socket has a connection that its peer outside may go on with.
 fn is_old_connection(socket: &TcpSocket) -> bool {
-    socket.state != LISTEN && !Addr::from(socket.local.ip()).is_loopback() && !is_own(socket)
-}
-
-/// Handshakes with the proxy's own listeners, which are open already.
-fn is_own(socket: &TcpSocket) -> bool {
-    socket.state == SYN_RECV && PROXY_PORTS.contains(&socket.local.port())
+    !matches!(socket.state, LISTEN | SYN_SENT | SYN_RECV) && !Addr::from(socket.local.ip()).is_loopback()
 }
 
 fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
@@ -287,6 +283,24 @@ fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
             Ok(Listener { fd: *fd, address, socket_cookie: sys::socket_option(*fd, SO_COOKIE)? })
         })
         .collect()
+}
+
+/// Handshakes that were under way, out or in, cannot be finished: they are no connections yet, and would go around the
+/// proxy. Whoever tries again meets it.
+fn end_half_open(diag: &SockDiag, sockets: &[TcpSocket], ours: &[Listener<'_>]) {
+    let own_ports: BTreeSet<u16> = ours.iter().map(|listener| listener.address.port()).collect();
+    let half_open = |s: &&TcpSocket| match s.state {
+        SYN_RECV => !own_ports.contains(&s.local.port()),
+        SYN_SENT => !s.remote.ip().to_canonical().is_loopback(),
+        // Listeners, connections, and what is left of them.
+        _ => false,
+    };
+    for socket in sockets.iter().filter(half_open) {
+        if let Err(error) = diag.destroy(socket) {
+            // It ends by itself within the kernel's SYN-ACK retries, because its segments are dropped.
+            tracing::debug!(%error, local = %socket.local, remote = %socket.remote, "half-open connection stays");
+        }
+    }
 }
 
 fn refuse_held_ports(uid: &str, sockets: &[TcpSocket], ours: &[Listener<'_>]) -> Result<(), CaptureError> {

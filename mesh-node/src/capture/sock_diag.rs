@@ -10,6 +10,7 @@ use mesh_ebpf_common::abi::Addr;
 const IPPROTO_TCP: u8 = 6;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = 56;
 const MESSAGE_BYTES: usize = 72;
@@ -21,6 +22,8 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// How long the kernel may take to answer, seconds.
 const ANSWER_TIMEOUT_SECS: libc::time_t = 5;
 
+/// `TCP_SYN_SENT`.
+pub(super) const SYN_SENT: u8 = 2;
 /// `TCP_SYN_RECV` as `sock_diag` reports request sockets.
 pub(super) const SYN_RECV: u8 = 3;
 /// `TCP_LISTEN`.
@@ -31,6 +34,7 @@ const CLOSE: u8 = 7;
 /// A TCP socket.
 #[derive(Clone, Debug)]
 pub(super) struct TcpSocket {
+    pub(super) family: u8,
     pub(super) state: u8,
     pub(super) local: SocketAddr,
     pub(super) remote: SocketAddr,
@@ -38,6 +42,7 @@ pub(super) struct TcpSocket {
     pub(super) uid: u32,
     /// Id of the cgroup that it was made in; `None` for a handshake, which has its listener's.
     pub(super) cgroup: Option<u64>,
+    id: [u8; 48],
 }
 
 /// A `sock_diag` socket in the namespace of the thread that opened it.
@@ -86,6 +91,22 @@ impl SockDiag {
                 }
                 rest = tail;
             }
+        }
+    }
+
+    /// Ends a connection, as `ss -K` does; both sides learn it. A socket that is gone is fine.
+    pub(super) fn destroy(&self, socket: &TcpSocket) -> io::Result<()> {
+        let message = request(socket.family, u32::MAX, &socket.id);
+        self.send(SOCK_DESTROY, libc::NLM_F_ACK, &message)?;
+        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        let length = self.receive(&mut buffer)?;
+        match next_message(&buffer[..length]) {
+            Some((_, body, _)) => match netlink_error(body) {
+                error if error.raw_os_error() == Some(0) => Ok(()),
+                error if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+                error => Err(error),
+            },
+            None => Err(io::Error::other("short netlink answer")),
         }
     }
 
@@ -150,12 +171,14 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
         }
     };
     Some(TcpSocket {
+        family,
         state: message[1],
         local: SocketAddr::new(addr(4).into(), port(0)),
         remote: SocketAddr::new(addr(20).into(), port(2)),
         cookie: u64::from(word(40)) | (u64::from(word(44)) << 32),
         uid: u32::from_ne_bytes([message[64], message[65], message[66], message[67]]),
         cgroup: attribute(&body[MESSAGE_BYTES..], CGROUP_ID).and_then(|id| id.try_into().ok()).map(u64::from_ne_bytes),
+        id,
     })
 }
 
