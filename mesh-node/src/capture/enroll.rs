@@ -109,7 +109,7 @@ impl Capture {
             if first_time {
                 let after = sockets()?;
                 known = known.max(self.note_preexisting(cookie, &after)?);
-                end_half_open(&diag, &after, &listeners);
+                end_dials(&diag, &after);
             }
             let notes = self.notes(cookie)?;
             self.count_anew(slot, notes.len());
@@ -266,9 +266,11 @@ impl Capture {
     }
 }
 
-/// Whether a socket has a connection that its peer outside may go on with.
+/// Whether a socket has a connection that its peer outside may go on with, or answers one that it has begun: what comes in now is
+/// the proxy's.
 fn is_old_connection(socket: &TcpSocket) -> bool {
-    !matches!(socket.state, LISTEN | SYN_SENT | SYN_RECV) && !Addr::from(socket.local.ip()).is_loopback()
+    let is_proxys = socket.state == SYN_RECV && PROXY_PORTS.contains(&socket.local.port());
+    !matches!(socket.state, LISTEN | SYN_SENT) && !is_proxys && !Addr::from(socket.local.ip()).is_loopback()
 }
 
 fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
@@ -285,20 +287,14 @@ fn describe<'a>(fds: ListenerFds<'a>) -> io::Result<Vec<Listener<'a>>> {
         .collect()
 }
 
-/// Handshakes that were under way, out or in, cannot be finished: they are no connections yet, and would go around the
-/// proxy. Whoever tries again meets it.
-fn end_half_open(diag: &SockDiag, sockets: &[TcpSocket], ours: &[Listener<'_>]) {
-    let own_ports: BTreeSet<u16> = ours.iter().map(|listener| listener.address.port()).collect();
-    let half_open = |s: &&TcpSocket| match s.state {
-        SYN_RECV => !own_ports.contains(&s.local.port()),
-        SYN_SENT => !s.remote.ip().to_canonical().is_loopback(),
-        // Listeners, connections, and what is left of them.
-        _ => false,
-    };
-    for socket in sockets.iter().filter(half_open) {
+/// Ends dials that were under way. They are no connections yet: one of a workload that starts, whose link is not up, would go out
+/// around the proxy when it is. Whoever tries again meets the proxy.
+fn end_dials(diag: &SockDiag, sockets: &[TcpSocket]) {
+    let dials = |s: &&TcpSocket| s.state == SYN_SENT && !s.remote.ip().to_canonical().is_loopback();
+    for socket in sockets.iter().filter(dials) {
         if let Err(error) = diag.destroy(socket) {
-            // It ends by itself within the kernel's SYN-ACK retries, because its segments are dropped.
-            tracing::debug!(%error, local = %socket.local, remote = %socket.remote, "half-open connection stays");
+            // It ends by itself within the kernel's SYN retries, because its segments are dropped.
+            tracing::debug!(%error, local = %socket.local, remote = %socket.remote, "a dial stays");
         }
     }
 }
