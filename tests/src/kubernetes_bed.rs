@@ -11,6 +11,66 @@ use crate::cluster_bed::ClusterBed;
 const IMAGES: [(&str, &[&str]); 2] =
     [("mesh-controller", &["mesh-controller"]), ("mesh-node", &["mesh-node", "mesh-cni"])];
 
+/// `client` on n1 and `web`, with a service, on n2, in namespace `shop`; and `stranger` in `default`, which is in no mesh.
+pub const SHOP: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec:
+  nodeName: n2
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: c
+    image: localhost/busybox:1
+    command: [sh, -c, "mkdir -p /w && hostname >/w/name && httpd -f -p 8080 -h /w"]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: shop}
+spec:
+  nodeName: n1
+  terminationGracePeriodSeconds: 0
+  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: stranger}
+spec:
+  nodeName: n1
+  terminationGracePeriodSeconds: 0
+  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
+"#;
+
+/// Takes [`SHOP`] into the mesh.
+pub const SHOP_IN_THE_MESH: &str = r"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
+";
+
+/// Who is not in the mesh gets in nowhere in this namespace.
+pub fn strict(namespace: &str) -> String {
+    format!(
+        r"
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {{name: default, namespace: {namespace}}}
+spec: {{mtls: {{mode: STRICT}}}}
+"
+    )
+}
+
 /// A two-node cluster with the mesh.
 pub struct KubernetesBed {
     bed: ClusterBed,

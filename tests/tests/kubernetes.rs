@@ -3,55 +3,7 @@
 
 use anyhow::ensure;
 use mesh_tests::cluster::Cluster;
-use mesh_tests::kubernetes_bed::KubernetesBed;
-
-/// A client and a server on two nodes, and a client outside the mesh.
-const PODS: &str = r#"
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client, namespace: shop}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web, namespace: shop, labels: {app: web}}
-spec:
-  nodeName: n2
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: c
-    image: localhost/busybox:1
-    command: [sh, -c, "mkdir -p /w && hostname >/w/name && httpd -f -p 8080 -h /w"]
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  selector: {app: web}
-  ports: [{port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: stranger}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
-"#;
-
-const STRICT: &str = r"
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: STRICT}}
-";
+use mesh_tests::kubernetes_bed::{KubernetesBed, SHOP, strict};
 
 const NODE: &str = "daemonset/mesh-node";
 
@@ -97,7 +49,7 @@ fn last_record(bed: &KubernetesBed) -> String {
 
 #[test]
 fn a_label_takes_running_pods_into_the_mesh_and_out_of_it_and_policies_hold() {
-    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(PODS).unwrap()));
+    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(SHOP).unwrap()));
     let cluster = bed.cluster();
     cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
     cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
@@ -118,7 +70,7 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it_and_policies_hold() {
     // Permissive: others get in, in clear and as nobody.
     until_answered(bed, "stranger", "default", true);
 
-    cluster.apply(STRICT).unwrap();
+    cluster.apply(&strict("shop")).unwrap();
     until_answered(bed, "stranger", "default", false);
     until_answered(bed, "client", "shop", true);
 
@@ -167,11 +119,11 @@ fn restarts(cluster: &Cluster) -> String {
 
 #[test]
 fn a_rolling_update_of_the_node_proxies_loses_no_new_connection() {
-    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(PODS).unwrap()));
+    let bed = &KubernetesBed::up(&[], |cluster| drop(cluster.apply(SHOP).unwrap()));
     let cluster = bed.cluster();
     cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
     cluster.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
-    cluster.apply(STRICT).unwrap();
+    cluster.apply(&strict("shop")).unwrap();
     cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
     until_answered(bed, "stranger", "default", false);
     until_answered(bed, "client", "shop", true);

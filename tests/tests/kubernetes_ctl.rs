@@ -5,57 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::ensure;
-use mesh_tests::kubernetes_bed::KubernetesBed;
+use mesh_tests::kubernetes_bed::{KubernetesBed, SHOP, SHOP_IN_THE_MESH, strict};
 use mesh_tests::sandbox_bed::{Ran, finish, mesh_ctl};
 use serde_json::Value;
-
-/// A client and a server on two nodes, and somebody outside.
-const PODS: &str = r#"
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web, namespace: shop, labels: {app: web}}
-spec:
-  nodeName: n2
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: c
-    image: localhost/busybox:1
-    command: [sh, -c, "mkdir -p /w && hostname >/w/name && httpd -f -p 8080 -h /w"]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client, namespace: shop}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  selector: {app: web}
-  ports: [{port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: stranger}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
-"#;
-
-const STRICT: &str = r"
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: STRICT}}
-";
 
 /// Somebody who may do nothing.
 const VIEWER: &str = r"
@@ -126,7 +78,7 @@ fn asks_web(bed: &KubernetesBed, (namespace, pod): (&str, &str)) -> anyhow::Resu
 #[test]
 fn mesh_ctl_says_what_the_mesh_of_a_cluster_is_and_does_through_the_api_server_alone() {
     let bed = &KubernetesBed::up(&[], |cluster| {
-        cluster.apply(PODS).unwrap();
+        cluster.apply(&format!("{SHOP}---{SHOP_IN_THE_MESH}")).unwrap();
         cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
         cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
     });
@@ -202,7 +154,7 @@ fn what_traffic_does_is_said(bed: &KubernetesBed) {
     assert_eq!(asks_web(bed, ("default", "stranger")).unwrap().trim(), "web");
     until(bed, &["mtls-check", "stranger.default", "web.shop"], (79, "PLAINTEXT"));
     until(bed, &["authz", "why", "stranger.default", "web.shop", "8080"], (0, "allow: stranger.default"));
-    bed.cluster().apply(STRICT).unwrap();
+    bed.cluster().apply(&strict("shop")).unwrap();
     until(bed, &["mtls-check", "stranger.default", "web.shop"], (79, "REFUSED"));
     until(bed, &["authz", "why", "stranger.default", "web.shop", "8080"], (0, "deny: stranger.default"));
     run(bed, &["authz", "why", "client", "svc/web", "80", "-n", "shop"]).succeeds().prints("allow: client.shop");

@@ -6,62 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use mesh_tests::cluster::Cluster;
-use mesh_tests::kubernetes_bed::KubernetesBed;
-
-/// A strict server that runs before the mesh comes, and somebody outside.
-const PODS: &str = r#"
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web, namespace: shop, labels: {app: web}}
-spec:
-  nodeName: n2
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: c
-    image: localhost/busybox:1
-    command: [sh, -c, "mkdir -p /w && hostname >/w/name && httpd -f -p 8080 -h /w"]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client, namespace: shop}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  selector: {app: web}
-  ports: [{port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: stranger}
-spec:
-  nodeName: n1
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "localhost/busybox:1", command: [sleep, infinity]}]
-"#;
-
-/// For a namespace `NS`: who is not in the mesh gets in nowhere.
-const STRICT: &str = r"
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: NS}
-spec: {mtls: {mode: STRICT}}
-";
+use mesh_tests::kubernetes_bed::{KubernetesBed, SHOP, SHOP_IN_THE_MESH, strict};
 
 /// How long the probed pod is looked at: its kubelet has asked it a dozen times meanwhile.
 const PROBED_FOR: Duration = Duration::from_secs(6);
 
 fn prepare(cluster: &Cluster) {
-    cluster.apply(PODS).unwrap();
+    cluster.apply(&format!("{SHOP}---{SHOP_IN_THE_MESH}")).unwrap();
     cluster.wait(&["--for=condition=Ready", "pod/stranger"]).unwrap();
     cluster.wait(&["-n", "shop", "--for=condition=Ready", "pod/client", "pod/web"]).unwrap();
 }
@@ -84,7 +35,7 @@ fn until_strict(bed: &KubernetesBed) {
 #[test]
 fn pods_are_in_the_mesh_from_their_first_instruction_and_kubelets_probes_reach_them_under_any_policy() {
     let bed = &KubernetesBed::up(&[], prepare);
-    bed.cluster().apply(&STRICT.replace("NS", "shop")).unwrap();
+    bed.cluster().apply(&strict("shop")).unwrap();
     until_strict(bed);
     first_requests(bed);
     probes(bed);
@@ -186,7 +137,7 @@ spec:
     readinessProbe: {httpGet: {path: /name, port: 8080}, periodSeconds: 1, failureThreshold: 1}
     livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 1}
 "#;
-    cluster.apply(&format!("{closed}---{}", STRICT.replace("NS", "closed"))).unwrap();
+    cluster.apply(&format!("{closed}---{}", strict("closed"))).unwrap();
     cluster
         .wait(&["-n", "closed", "--for=condition=Ready", "pod/probed"])
         .unwrap_or_else(|error| panic!("{error:#}\n{}", bed.logs()));
@@ -210,7 +161,7 @@ spec:
 fn a_node_that_loses_power_lets_nobody_in_when_it_is_back() {
     let bed = &KubernetesBed::up(&[], prepare);
     let cluster = bed.cluster();
-    cluster.apply(&STRICT.replace("NS", "shop")).unwrap();
+    cluster.apply(&strict("shop")).unwrap();
     until_strict(bed);
     let node = cluster.node("n2").unwrap();
     node.stop().unwrap();
